@@ -1,0 +1,56 @@
+"""florence_fast: Florence (2021, arXiv 2111.11432), its models, training and evaluation on fused kernels.
+
+Everything public is reachable from here and is imported when it is first used, so that ``import florence_fast``
+costs nothing and needs neither torch nor triton until something asks for them.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from florence_fast.version import __version__
+
+# An installed package holds its kernels inside this folder, a plain checkout beside it: there the checkout's
+# root joins the search path, so that `florence_fast.kernels` is found without any installation.
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "__init__.py").is_file():
+    __path__.append(str(_HERE.parent))
+
+_SUBMODULES = ("data", "evaluate", "models", "ops", "train")
+_HOMES = {
+    "create_model": "models",
+    "create_model_and_transforms": "models",
+    "create_model_from_pretrained": "models",
+    "get_model_config": "models",
+    "get_tokenizer": "models",
+    "list_models": "models",
+    "list_pretrained": "models",
+    "load_checkpoint": "models",
+    "register_model_config": "models",
+    "Florence": "models",
+    "image_transform": "data",
+    "IMAGENET_CLASSNAMES": "data",
+    "OPENAI_IMAGENET_TEMPLATES": "data",
+    "SIMPLE_IMAGENET_TEMPLATES": "data",
+    "build_zero_shot_classifier": "evaluate",
+    "backend": "ops",
+}
+
+__all__ = ["__version__", *_SUBMODULES, *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``name`` from the module that defines it, at its first use (PEP 562)."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        from florence_fast.errors import did_you_mean
+
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
