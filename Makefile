@@ -1,0 +1,43 @@
+# Every target sets itself up on a fresh machine: a virtual environment in .venv with exactly constraints.txt.
+#   make demo        pretrain florence_nano on the shipped pictures, test it on an artist it has never seen
+#   make demo-long   the same for up to an hour; interrupted, it continues where it stopped
+#   make test        the quick tests          make test-all   the slow ones too
+#   make lint        ruff, rules and format   make clean      forget the environment and every cache
+# PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX adds a package index to look for PyTorch in: its
+# wheels for CPUs, https://download.pytorch.org/whl/cpu, save gigabytes of CUDA on a machine without a GPU.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: demo demo-long test test-all lint clean
+
+demo: .venv/ready
+	$(BIN)/florence-fast demo --out runs/demo
+
+demo-long: .venv/ready
+	$(BIN)/florence-fast demo --long --resume --out runs/demo-long
+
+test: .venv/ready
+	$(BIN)/python -m pytest --quiet -m "not slow and not gpu"
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest --quiet -m "not gpu"
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an installation that was cut short is done again.
+.venv/ready: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable '.[test,dev,tensorboard]'
+	@touch $@

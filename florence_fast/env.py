@@ -1,0 +1,30 @@
+"""The environment variables that change what the package does: one table, read at every call and never cached."""
+
+import os
+from typing import NamedTuple
+
+
+class Variable(NamedTuple):
+    """One variable: its name, what holds when it is unset, and what it decides."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable("FLORENCE_FAST_BACKEND", "auto", "backend of every op: auto, triton, cpp, torch or reference"),
+)
+
+# Variables of others that explain a surprising speed or device; shown by `florence-fast info`, never read here.
+OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
+
+
+def read(name: str) -> str:
+    """Return the value of one of ``VARIABLES`` as it is now, or its default when it is unset or empty.
+
+    Raises:
+        KeyError: ``name`` is not in the table.
+    """
+    default = {variable.name: variable.default for variable in VARIABLES}[name]
+    return os.environ.get(name) or default
