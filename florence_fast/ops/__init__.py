@@ -1,0 +1,14 @@
+"""The ops: check the arguments, choose the backend, run. Each op is one file, and each file looks like the next."""
+
+from florence_fast.ops._backend import OPS, Explanation, OpEntry, backend, explain
+from florence_fast.ops.window_attention import window_attention, window_attention_reference
+
+__all__ = [
+    "OPS",
+    "Explanation",
+    "OpEntry",
+    "backend",
+    "explain",
+    "window_attention",
+    "window_attention_reference",
+]

@@ -1,0 +1,189 @@
+"""How an op chooses its backend, and how it is registered with torch.library: written once, used by every op.
+
+A backend is asked whether it can take the inputs and answers with the list of reasons why not; an empty list
+means yes. The choice is made in Python, before the op is entered, and travels into it as a plain ``str``, so that
+torch.compile sees a constant.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from florence_fast.errors import unknown
+
+BACKENDS = ("triton", "cpp", "torch", "reference")
+"""In the order in which ``auto`` tries them."""
+
+_forced: list[str] = []
+
+
+@dataclass(frozen=True)
+class OpEntry:
+    """One op, as tests, benchmarks, ``florence-fast info`` and the documentation iterate over it."""
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    unsupported_reasons: Callable[..., list[str]]
+    """``unsupported_reasons(backend, *args, **kwargs)`` with the arguments of ``function``."""
+    example: Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]
+    """``example(device)`` gives small ``args, kwargs`` that ``function`` accepts."""
+
+
+OPS: dict[str, OpEntry] = {}
+
+
+class Explanation(NamedTuple):
+    """Whether a backend can run an op here; no reasons means that it can."""
+
+    op: str
+    backend: str
+    reasons: list[str]
+
+
+def register_entry(entry: OpEntry) -> None:
+    """Put an op into ``OPS``."""
+    assert entry.name not in OPS, f"the op {entry.name!r} is registered twice"
+    OPS[entry.name] = entry
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend for every op called inside; ``"auto"`` gives the choice back.
+
+    The setting belongs to the process, not to the thread, and wins over FLORENCE_FAST_BACKEND.
+
+    Args:
+        name: "auto", "triton", "cpp", "torch" or "reference".
+
+    Raises:
+        ValueError: no backend has this name.
+
+    >>> with ff.backend("reference"):
+    ...     out = ff.ops.window_attention(qkv, window_size=7, num_heads=3)
+    """
+    _check_name("backend", name)
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def backend_in_force() -> str:
+    """Return the forced backend, from ``backend(...)`` or else FLORENCE_FAST_BACKEND, or ``"auto"``."""
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get("FLORENCE_FAST_BACKEND") or "auto"
+    _check_name("FLORENCE_FAST_BACKEND", name)
+    return name
+
+
+def choose(op: str, *args: Any, **kwargs: Any) -> str:
+    """Return the backend that runs ``op`` on these arguments: the forced one, or the first that can.
+
+    Raises:
+        RuntimeError: the forced backend cannot run them; the message holds every reason.
+    """
+    reasons_of = OPS[op].unsupported_reasons
+    forced = backend_in_force()
+    if forced == "auto":
+        return next(name for name in BACKENDS if not reasons_of(name, *args, **kwargs))
+    reasons = reasons_of(forced, *args, **kwargs)
+    if reasons:
+        raise RuntimeError(f"backend {forced!r} cannot run {op}: " + "; ".join(reasons))
+    return forced
+
+
+def explain(device: str | None = None) -> list[Explanation]:
+    """List, for every op, each backend in the order of preference with the reasons why it cannot run here.
+
+    The first row of an op that has no reasons is what ``auto`` takes.
+
+    Args:
+        device: where the op would run; CUDA if there is one, else the CPU.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for entry in OPS.values():
+        args, kwargs = entry.example(device)
+        rows += [Explanation(entry.name, name, entry.unsupported_reasons(name, *args, **kwargs)) for name in BACKENDS]
+    return rows
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Return a context in which autocast casts nothing: an op decides about its dtypes itself."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """Cast ``x`` as autocast would cast the input of a matrix product; without autocast return it as it is."""
+    device_type = x.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device_type))
+
+
+def define(
+    name: str,
+    num_tensors: int,
+    forward: Callable[..., tuple[Tensor, ...]],
+    forward_fake: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+    backward_fake: Callable[..., tuple[Tensor, ...]],
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Register ``florence_fast::name`` and ``florence_fast::name_backward`` with torch.library and join them.
+
+    Args:
+        name: the op's name.
+        num_tensors: how many leading arguments are tensors or None; the others are plain values.
+        forward: ``(*tensors, *values) -> (out, *kept)``; ``kept`` is for the backward alone. Annotated, because
+            torch.library reads its schema from it.
+        forward_fake: the same with shapes only.
+        backward: ``(grad_out, *tensors, *kept, needs: list[bool], *values)`` -> one gradient for each of
+            ``tensors``, an empty tensor where ``needs`` is false; ``grad_out`` is contiguous.
+        backward_fake: the same with shapes only.
+    """
+    forward_op = torch.library.custom_op(f"florence_fast::{name}", _plain(forward), mutates_args=())
+    backward_op = torch.library.custom_op(f"florence_fast::{name}_backward", _plain(backward), mutates_args=())
+    forward_op.register_fake(forward_fake)
+    backward_op.register_fake(backward_fake)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # What is kept gets no gradient, and must not cost one made of zeros.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:num_tensors], *output[1:])
+        ctx.values = inputs[num_tensors:]
+
+    def run_backward(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:num_tensors])
+        # .sum() and opcheck send expanded gradients: the backward sees memory that it can walk through.
+        grads = backward_op(grad_out.contiguous(), *ctx.saved_tensors, needs, *ctx.values)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None for _ in ctx.values)
+
+    forward_op.register_autograd(run_backward, setup_context=setup_context)
+    return forward_op
+
+
+def _plain(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Wrap an implementation so that it runs outside autocast, whatever surrounds the call."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        with without_autocast(x.device.type):
+            return function(x, *args, **kwargs)
+
+    return run
+
+
+def _check_name(what: str, name: str) -> None:
+    if name not in ("auto", *BACKENDS):
+        raise unknown(what, name, ("auto", *BACKENDS))

@@ -1,0 +1,145 @@
+"""The geometry of windows on a map, written once: how a map is cut, who may see whom, which offset reads which bias.
+
+Letters: B batch · C channels · M windows of one map · N tokens in one window · h heads · d head dim.
+A "size" is a tuple per axis, (H, W) or (T, H, W).
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size = tuple[int, ...]
+
+MAX_LOG_SCALE = math.log(100.0)
+"""Swin V2 multiplies the cosine of two tokens by at most 100."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A map of ``size`` cut into ``grid`` windows of ``window``, after a cyclic shift by ``shift``; all per axis."""
+
+    size: Size
+    window: Size
+    grid: Size
+    shift: Size
+
+    @property
+    def padded(self) -> Size:
+        return tuple(g * w for g, w in zip(self.grid, self.window, strict=True))
+
+    @property
+    def num_windows(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.window)
+
+
+def cut_map(size: Size, window_size: Size, shift_size: Size) -> Cut:
+    """Cut a map. On an axis no longer than the window, the window shrinks to the map and nothing is shifted."""
+    window, grid = window_and_grid(size, window_size)
+    shift = tuple(0 if s <= w else x for s, w, x in zip(size, window_size, shift_size, strict=True))
+    return Cut(tuple(size), window, grid, shift)
+
+
+def window_and_grid(size: Size, window_size: Size) -> tuple[Size, Size]:
+    """Give the window, no longer than the map, and how many fit; without a guard on symbolic sizes."""
+    window = tuple(torch.sym_min(s, w) for s, w in zip(size, window_size, strict=True))
+    return window, tuple((s + w - 1) // w for s, w in zip(size, window, strict=True))
+
+
+def partition(
+    x: Tensor, cut: Cut, parts: int, num_heads: int, dtype: torch.dtype, fill: Tensor | None = None
+) -> Tensor:
+    """Cut (B, *size, parts*h*d) into (parts, B*M, h, N, d); never a view of ``x``.
+
+    Pad tokens hold ``fill`` (parts*h*d), zeros without it.
+    """
+    axes = len(cut.size)
+    batch, head_dim = x.shape[0], x.shape[-1] // (parts * num_heads)
+    if cut.padded != cut.size:
+        x = _pad(x, cut, fill)
+    if any(cut.shift):
+        x = x.roll([-s for s in cut.shift], dims=tuple(range(1, axes + 1)))
+    x = x.reshape(batch, *chain(*zip(cut.grid, cut.window, strict=True)), parts, num_heads, head_dim)
+    grid_dims, window_dims = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
+    x = x.permute(2 * axes + 1, 0, *grid_dims, 2 * axes + 2, *window_dims, 2 * axes + 3)
+    x = x.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    return x.view(parts, batch * cut.num_windows, num_heads, cut.num_tokens, head_dim)
+
+
+def merge(x: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
+    """Undo ``partition``, pad tokens included: (parts, B*M, h, N, d) to (B, *padded, parts*h*d)."""
+    axes = len(cut.size)
+    parts, rows, num_heads, _, head_dim = x.shape
+    batch = rows // cut.num_windows
+    x = x.view(parts, batch, *cut.grid, num_heads, *cut.window, head_dim)
+    grid_dims, window_dims = range(2, axes + 2), range(axes + 3, 2 * axes + 3)
+    x = x.permute(1, *chain(*zip(grid_dims, window_dims, strict=True)), 0, axes + 2, 2 * axes + 3)
+    x = x.to(dtype, memory_format=torch.contiguous_format).reshape(batch, *cut.padded, parts * num_heads * head_dim)
+    return x.roll(cut.shift, dims=tuple(range(1, axes + 1))) if any(cut.shift) else x
+
+
+def crop(x: Tensor, cut: Cut) -> Tensor:
+    """Drop the pad tokens: (B, *padded, C) to a contiguous (B, *size, C)."""
+    return x[(slice(None), *map(slice, cut.size))].contiguous()
+
+
+def is_pad(cut: Cut, device: torch.device) -> Tensor:
+    """Say which tokens of the padded map are pads: (prod(padded),) bool."""
+    inside = torch.zeros(cut.padded, dtype=torch.bool, device=device)
+    inside[tuple(map(slice, cut.size))] = True
+    return ~inside.flatten()
+
+
+def blocked_pairs(cut: Cut, cyclic: tuple[bool, ...], mask_pads: bool, device: torch.device) -> Tensor | None:
+    """Say which pairs of tokens of a window may not see each other: (M, N, N) bool, or None when all may.
+
+    Tokens see each other when they lie in the same region. A region ends at the map's seam, unless the axis is
+    cyclic; masked pads are regions of their own, so that every token sees at least itself.
+    """
+    region = torch.zeros(1, dtype=torch.long)
+    for size, padded, shift, wraps in zip(cut.size, cut.padded, cut.shift, cyclic, strict=True):
+        place = torch.arange(padded)
+        beyond_seam = (place >= padded - shift) & (not wraps)
+        pad = ((place + shift) % padded >= size) & mask_pads
+        region = region[..., None] * 4 + beyond_seam.long() + 2 * pad.long()
+    region = region[0]
+    if not region.any():
+        return None
+    region = region.view(*chain(*zip(cut.grid, cut.window, strict=True)))
+    axes = len(cut.size)
+    region = region.permute(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)).reshape(cut.num_windows, cut.num_tokens)
+    return (region[:, :, None] != region[:, None, :]).to(device)
+
+
+def offset_index(window: Size, window_size: Size, device: torch.device) -> Tensor:
+    """Give the table row of each pair (query, key) of a ``window``: (N*N,), a row being one offset in ``window_size``.
+
+    A window smaller than ``window_size`` has smaller offsets, which lie around the table's centre.
+    """
+    index = torch.zeros(1, 1, dtype=torch.long)
+    for side, full in zip(window, window_size, strict=True):
+        place = torch.arange(side)
+        offset = place[:, None] - place[None, :] + full - 1
+        index = (index[:, None, :, None] * (2 * full - 1) + offset[None, :, None, :]).flatten(2).flatten(0, 1)
+    return index.flatten().to(device)
+
+
+def corner_index(window: Size, window_size: Size, device: torch.device) -> Tensor:
+    """Number the tokens of a ``window`` as they stand in the leading corner of ``window_size``: (N,)."""
+    index = torch.arange(math.prod(window_size)).view(window_size)
+    return index[tuple(map(slice, window))].flatten().to(device)
+
+
+def _pad(x: Tensor, cut: Cut, fill: Tensor | None) -> Tensor:
+    if fill is None:
+        missing = [p - s for p, s in zip(cut.padded, cut.size, strict=True)]
+        return F.pad(x, (0, 0, *chain(*((0, m) for m in reversed(missing)))))
+    pads = is_pad(cut, x.device).view(1, *cut.padded, 1)
+    return torch.where(pads, fill.to(x.dtype), _pad(x, cut, None))
