@@ -1,0 +1,234 @@
+"""What a run says about itself: a progress bar, open_clip's line, ``results.jsonl``, and TensorBoard where installed.
+
+The folders are open_clip's: ``out.log``, ``params.txt`` and ``tensorboard/`` in the run's folder, ``results.jsonl``
+beside the checkpoints.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from florence_fast.files import write_text
+
+logger = logging.getLogger(__name__)
+_PACKAGE = logging.getLogger("florence_fast")
+
+
+def train_line(record: Mapping[str, Any], samples_per_epoch: int, world_size: int = 1) -> str:
+    """Write an interval as open_clip does, so that its users' scripts read our logs.
+
+    Args:
+        record: an interval's record, as it stands in ``results.jsonl``.
+        samples_per_epoch: size of the data set.
+        world_size: number of processes.
+
+    >>> train_line(record, samples_per_epoch=8666)
+    'Train Epoch: 0 [ 512/8666 (6%)] Data (t): 0.010 Batch (t): 1.000, 512.000/s, 512.000/s/gpu LR: 0.000500 ...'
+    """
+    seen = (record["position"] - 1) % samples_per_epoch + 1
+    rate = record["samples_per_second"]
+    return (
+        f"Train Epoch: {record['epoch']} "
+        f"[{seen:>{len(str(samples_per_epoch))}}/{samples_per_epoch} ({100 * seen / samples_per_epoch:.0f}%)] "
+        f"Data (t): {record['data_time']:.3f} Batch (t): {record['batch_time']:.3f}, "
+        f"{rate:#g}/s, {rate / world_size:#g}/s/gpu LR: {record['lr']:5f} "
+        f"Logit Scale: {record['logit_scale']:.3f} Loss: {record['last_loss']:#.5g} ({record['loss']:#.5g})"
+    )
+
+
+def truncate_results(path: Path, step: int) -> int:
+    """Drop the records of ``results.jsonl`` after ``step``, and lines that were never finished.
+
+    Returns:
+        How many lines were dropped.
+    """
+    if not path.is_file():
+        return 0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+    if len(kept) < len(lines):
+        write_text(path, "".join(kept))
+    return len(lines) - len(kept)
+
+
+def _step_of(line: str) -> float:
+    """Read a record's step; what is no record counts as after every step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Stopwatch:
+    """Seconds of training: it can be paused, and goes on from an earlier run's seconds."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before = seconds
+        self._since = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far, pauses left out."""
+        return self._before + time.perf_counter() - self._since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not count the time of the ``with`` block."""
+        self._before = self.seconds
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
+
+class IntervalTimes:
+    """Where the time of an interval went; the clock starts when it is made."""
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._waited = 0.0
+        self._steps = 0
+        self._samples = 0
+
+    def add(self, waited: float, samples: int) -> None:
+        """Count a step whose batch of ``samples`` (all ranks) was waited for during ``waited`` seconds."""
+        self._waited += waited
+        self._steps += 1
+        self._samples += samples
+
+    def averages(self) -> dict[str, float]:
+        """Return "data_time" and "batch_time" in seconds a step, and "samples_per_second"."""
+        passed = time.perf_counter() - self._since
+        return {
+            "data_time": self._waited / self._steps,
+            "batch_time": passed / self._steps,
+            "samples_per_second": self._samples / passed,
+        }
+
+
+class RunLog:
+    """The log of one run, written by rank 0; on other ranks every method does nothing.
+
+    Args:
+        out_dir: the run's folder.
+        samples_per_epoch, world_size: for the line.
+        progress: show a bar, and the log in the terminal.
+        tensorboard: write event files where TensorBoard is installed.
+        enabled: False on ranks other than 0.
+    """
+
+    def __init__(
+        self,
+        out_dir: Path,
+        *,
+        samples_per_epoch: int,
+        world_size: int = 1,
+        progress: bool = True,
+        tensorboard: bool = True,
+        enabled: bool = True,
+    ) -> None:
+        self.out_dir = out_dir
+        self.results_path = out_dir / "checkpoints" / "results.jsonl"
+        self.enabled = enabled
+        self._samples_per_epoch = samples_per_epoch
+        self._world_size = world_size
+        self._progress = progress and enabled
+        self._tensorboard = tensorboard
+        self._open = ExitStack()
+        self._bar = tqdm(disable=True)
+        self._board: Any = None
+        self._results: TextIO | None = None
+        self._handlers: list[logging.Handler] = []
+        self._earlier_level = _PACKAGE.level
+        if enabled:
+            self.results_path.parent.mkdir(parents=True, exist_ok=True)
+            self._attach(logging.FileHandler(out_dir / "out.log", encoding="utf-8"))
+            if progress and not logging.getLogger().handlers:
+                self._attach(_AboveBar())
+            if _PACKAGE.getEffectiveLevel() > logging.INFO:
+                _PACKAGE.setLevel(logging.INFO)
+
+    def start(self, step: int, total_steps: int, settings: Mapping[str, Any]) -> None:
+        """Begin at ``step``: results after it are dropped, ``settings`` go to ``params.txt``, the bar appears."""
+        if not self.enabled:
+            return
+        if dropped := truncate_results(self.results_path, step):
+            logger.info("dropped %d records of %s after step %d", dropped, self.results_path.name, step)
+        lines = [f"{name}: {settings[name]}\n" for name in sorted(settings)]
+        write_text(self.out_dir / "params.txt", "".join(lines))
+        self._results = self._open.enter_context(self.results_path.open("a", encoding="utf-8"))
+        if self._tensorboard:
+            self._board = self._open.enter_context(_event_writer(self.out_dir / "tensorboard", step))
+        bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not self._progress)
+        self._bar = self._open.enter_context(bar)
+
+    def step(self) -> None:
+        """Move the bar by one step."""
+        self._bar.update()
+
+    def interval(self, record: Mapping[str, Any]) -> None:
+        """Write an interval everywhere: line, bar, ``results.jsonl``, TensorBoard."""
+        if not self.enabled:
+            return
+        logger.info("%s", train_line(record, self._samples_per_epoch, self._world_size))
+        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['samples_per_second']:.0f}/s", refresh=False)
+        self.record(record)
+        if self._board is not None:
+            for name in ("loss", "lr", "logit_scale", "grad_norm", "data_time", "batch_time", "samples_per_second"):
+                self._board.add_scalar(f"train/{name}", record[name], record["step"])
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Append a line to ``results.jsonl``, with its key "step"; NaN and Inf, which JSON lacks, become null."""
+        if self.enabled:
+            plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            self._results.write(json.dumps(plain) + "\n")
+            self._results.flush()
+
+    def sync(self) -> None:
+        """Bring ``results.jsonl`` to the disk, before a checkpoint that counts on it."""
+        if self.enabled:
+            os.fsync(self._results.fileno())
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            logger.error("the run ended with %s: %s", type(error).__name__, error)
+        self._open.close()
+        for handler in self._handlers:
+            _PACKAGE.removeHandler(handler)
+            handler.close()
+        _PACKAGE.setLevel(self._earlier_level)
+
+    def _attach(self, handler: logging.Handler) -> None:
+        handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S"))
+        _PACKAGE.addHandler(handler)
+        self._handlers.append(handler)
+
+
+class _AboveBar(logging.Handler):
+    """Print log lines above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def _event_writer(folder: Path, start_step: int) -> AbstractContextManager[Any]:
+    """Open TensorBoard's writer, or stand in with None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return nullcontext()
+    return SummaryWriter(str(folder), purge_step=start_step + 1)

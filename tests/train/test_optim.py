@@ -1,0 +1,144 @@
+"""The groups of AdamW, the learning rate of every step, and what a config refuses."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from florence_fast.train.config import PAPER_STAGES, Stage, TrainConfig, paper_stages
+from florence_fast.train.optim import carry_state, create_optimizer, learning_rate, split_by_decay
+
+STAGES = (Stage(steps=6, image_size=32), Stage(steps=4, image_size=64, augment_text=False, peak_lr=0.5))
+
+
+class Little(nn.Module):
+    """A matrix, a bias, a norm, a table, a temperature and a frozen weight."""
+
+    def __init__(self, table_rows: int = 9) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.table = nn.Parameter(torch.randn(table_rows, 2))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.frozen = nn.Parameter(torch.randn(3, 3), requires_grad=False)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"table"}
+
+    def loss(self) -> torch.Tensor:
+        return (self.norm(self.linear(self.linear.weight)).sum() + self.table.square().sum()) * self.logit_scale
+
+
+def test_only_matrices_outside_no_weight_decay_are_decayed() -> None:
+    decayed, kept = split_by_decay(Little())
+    assert list(decayed) == ["linear.weight"]
+    assert set(kept) == {"linear.bias", "norm.weight", "norm.bias", "table", "logit_scale"}
+
+
+def test_a_name_that_the_model_lacks_is_refused() -> None:
+    model = Little()
+    model.no_weight_decay = lambda: {"tabel"}
+    with pytest.raises(ValueError, match="does not have: tabel"):
+        split_by_decay(model)
+
+
+def test_decay_is_decoupled_and_of_its_group_only() -> None:
+    """With a gradient of zero, AdamW's step is the decay alone: p (1 - lr * weight_decay)."""
+    model = Little()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = create_optimizer(model, TrainConfig(stages=STAGES, lr=0.25, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.25 * 0.5 if name == "linear.weight" else 1.0
+        torch.testing.assert_close(parameter, before[name] * factor, msg=name)
+
+
+def test_a_new_optimizer_takes_over_every_state_but_that_of_resized_tables() -> None:
+    config = TrainConfig(stages=STAGES)
+    old_model, new_model = Little(), Little(table_rows=25)
+    old = create_optimizer(old_model, config)
+    old_model.loss().backward()
+    old.step()
+    new = create_optimizer(new_model, config)
+    assert carry_state(old, new) == ["table"]
+    assert torch.equal(new.state[new_model.linear.weight]["exp_avg"], old.state[old_model.linear.weight]["exp_avg"])
+    assert new_model.table not in new.state
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        pytest.param(0, 0.5, id="warm-up-starts-above-zero"),
+        pytest.param(1, 1.0, id="warm-up-ends-at-the-peak"),
+        pytest.param(2, 1.0, id="cosine-starts-at-the-peak"),
+        pytest.param(6, 0.1 + 0.4 * 0.5, id="second-stage-has-its-own-peak"),
+        pytest.param(9, 0.1 + 0.4 * 0.5 * (1 + math.cos(math.pi * 7 / 8)), id="last-step"),
+        pytest.param(10, 0.1, id="the-end-is-the-minimum"),
+    ],
+)
+def test_learning_rate(step: int, expected: float) -> None:
+    config = TrainConfig(stages=STAGES, lr=1.0, min_lr=0.1, warmup=2)
+    assert learning_rate(config, step) == pytest.approx(expected, abs=1e-12)
+
+
+def test_learning_rate_of_the_cosine_against_torch() -> None:
+    config = TrainConfig(stages=(Stage(steps=50, image_size=32),), lr=0.3, min_lr=0.01, warmup=0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=0.01)
+    for step in range(50):
+        assert learning_rate(config, step) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_papers_stages_keep_their_shares() -> None:
+    assert [stage.steps for stage in paper_stages(1260)] == [1000, 180, 80]
+    assert [stage.steps for stage in paper_stages(3)] == [1, 1, 1]
+    assert [(s.image_size, s.augment_text, s.window_size) for s in PAPER_STAGES] == [
+        (224, True, None),
+        (224, False, None),
+        (384, False, 12),
+    ]
+    assert sum(stage.steps for stage in paper_stages(1001)) == 1001
+
+
+def test_stage_at_changes_at_the_border() -> None:
+    config = TrainConfig(stages=STAGES)
+    assert [config.stage_at(step)[0] for step in (0, 5, 6, 9, 10)] == [0, 0, 1, 1, 1]
+
+
+def test_config_survives_a_round_trip() -> None:
+    config = TrainConfig(stages=STAGES, ema_decay=0.99, warmup=3)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "amp_bf61"}, "unknown precision 'amp_bf61' \\(did you mean 'amp_bf16'\\?\\)"),
+        ({"loss": "siglip"}, "unknown loss 'siglip'"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"micro_batch_size": 1.5}, "micro_batch_size must be a whole number"),
+        ({"lr": 0.0}, "lr must be a positive number, got 0.0"),
+        ({"min_lr": 1.0}, "min_lr must lie in \\[0, lr=0.0005\\], got 1.0"),
+        ({"warmup": 11}, "warmup must not exceed the run's 10 steps, got 11"),
+        ({"ema_decay": 1.0}, "ema_decay must lie between 0 and 1"),
+        ({"stages": ()}, "stages must hold at least one Stage"),
+        ({"grad_clip_norm": -1.0}, "grad_clip_norm must be positive or None"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{"stages": STAGES, **settings})
+
+
+def test_an_unknown_setting_is_named_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="TrainConfig has no setting 'warmpu' \\(did you mean 'warmup'\\?\\)"):
+        TrainConfig.from_dict({"stages": [], "warmpu": 3})
+    with pytest.raises(ValueError, match="Stage has no setting 'size'"):
+        TrainConfig.from_dict({"stages": [{"steps": 1, "size": 32}]})
+    with pytest.raises(ValueError, match=r"Stage.steps must be a whole number of at least 1, got 0"):
+        Stage(steps=0, image_size=32)
