@@ -1,0 +1,45 @@
+"""Which of some texts describes a picture, as probabilities."""
+
+from collections.abc import Callable, Sequence
+
+from PIL import Image
+from torch import Tensor, nn
+
+from florence_fast.evaluate.features import ImageTransform, encode_texts, evaluating, evaluation_transform
+
+
+def probabilities(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    image: Image.Image,
+    texts: Sequence[str],
+    *,
+    transform: ImageTransform | None = None,
+    precision: str = "fp32",
+) -> list[float]:
+    """Return the probability of each text, given that exactly one of them describes the picture.
+
+    p = softmax over texts k of s u.v_k, with u the picture's feature, v_k the texts', s the learned scale.
+
+    Args:
+        model: A dual encoder.
+        tokenizer: From texts to tokens.
+        image: An RGB picture.
+        texts: The choices, at least one.
+        transform: From a PIL picture to a tensor; by default the model's own evaluation transform.
+        precision: "fp32", "amp_bf16" or "amp".
+
+    Returns:
+        One number for each text, in their order, adding up to 1.
+
+    Raises:
+        ValueError: There is no text.
+
+    >>> probabilities(model, tokenizer, Image.open("cat.png"), ["a cat", "a dog"])
+    """
+    parameter = next(model.parameters())
+    pixels_1CHW = (transform or evaluation_transform(model))(image).unsqueeze(0).to(parameter)
+    texts_KD = encode_texts(model, tokenizer, texts, precision=precision)
+    with evaluating(model, precision):
+        image_1D, _, scale = model(image=pixels_1CHW)
+    return (scale.float().cpu() * image_1D.float().cpu() @ texts_KD.T).softmax(-1)[0].tolist()

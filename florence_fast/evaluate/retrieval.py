@@ -1,0 +1,97 @@
+"""Image-text retrieval in both directions, where a picture may have several right texts and a text several pictures."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from florence_fast.data.labels import text_label
+from florence_fast.data.pairs import PairSource
+from florence_fast.evaluate.features import (
+    ImageTransform,
+    encode_images,
+    encode_texts,
+    evaluation_transform,
+    with_texts,
+)
+from florence_fast.evaluate.ranking import ranks, recalls
+
+
+def retrieval(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    source: PairSource,
+    *,
+    template: str = "{}",
+    merge_equal_pictures: bool = True,
+    transform: ImageTransform | None = None,
+    batch_size: int = 256,
+    precision: str = "fp32",
+    progress: bool = False,
+) -> dict[str, dict[str, float] | int]:
+    """Measure recall at 1, 5 and 10 from pictures to texts and from texts to pictures.
+
+    The pool is every picture and every distinct text of ``source``. Equal texts (as training labels compare
+    them) are one text with several right pictures; equal pixels are one picture with several right texts, as
+    in COCO's five captions a picture. A query is answered at k when any right answer is among the first k.
+
+    Args:
+        model: A dual encoder.
+        tokenizer: From texts to tokens.
+        source: Pictures with their texts.
+        template: What is asked for a text; ``{}`` stands for it.
+        merge_equal_pictures: Whether rows with the same pixels are one picture, or each row is its own.
+        transform: From a PIL picture to a tensor; by default the model's own evaluation transform.
+        batch_size: Pictures or texts in one forward pass.
+        precision: "fp32", "amp_bf16" or "amp".
+        progress: Show progress bars.
+
+    Returns:
+        ``{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}, "images": n, "texts": m}``.
+
+    Raises:
+        ValueError: The source is empty or too many pictures cannot be read.
+    """
+    source, texts = with_texts(source)
+    same_pixels = _PixelIdentity(transform or evaluation_transform(model))
+    encoded = encode_images(model, source, same_pixels, batch_size=batch_size, precision=precision, progress=progress)
+    texts = [texts[index] for index in encoded.indices]
+    picture_of_row, first_rows = _number_distinct(same_pixels.digests if merge_equal_pictures else encoded.indices)
+    text_of_row, first_texts = _number_distinct([text_label(text) for text in texts])
+
+    images_ND = encoded.features[first_rows]
+    asked = [template.format(texts[row]) for row in first_texts]
+    texts_MD = encode_texts(model, tokenizer, asked, batch_size=batch_size, precision=precision, progress=progress)
+    right = torch.tensor(sorted(set(zip(picture_of_row, text_of_row, strict=True))))
+    return {
+        "image_to_text": recalls(ranks(images_ND, texts_MD, right)),
+        "text_to_image": recalls(ranks(texts_MD, images_ND, right.flip(1))),
+        "images": len(images_ND),
+        "texts": len(texts_MD),
+    }
+
+
+class _PixelIdentity:
+    """A transform that remembers a digest of every picture that it let through, to tell equal ones."""
+
+    def __init__(self, transform: ImageTransform) -> None:
+        self.transform = transform
+        self.digests: list[bytes] = []
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        tensor = self.transform(image)
+        self.digests.append(hashlib.blake2b(image.tobytes(), digest_size=16).digest())
+        return tensor
+
+
+def _number_distinct(keys: list) -> tuple[list[int], list[int]]:
+    """Number equal keys equally, by first appearance: (the number of each key, where each number first stood)."""
+    numbers: dict = {}
+    first = []
+    for row, key in enumerate(keys):
+        if key not in numbers:
+            numbers[key] = len(numbers)
+            first.append(row)
+    return [numbers[key] for key in keys], first

@@ -1,0 +1,111 @@
+"""Search in a folder of pictures by words: encode the pictures once, rank them by any text."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from torch import Tensor, nn
+
+from florence_fast.data.pictures import SUFFIXES, open_picture
+from florence_fast.evaluate.features import ImageTransform, encode_images, encode_texts
+
+
+class Hit(NamedTuple):
+    """One answer of a search: the picture and its cosine with the query, from -1 to 1."""
+
+    path: Path
+    score: float
+
+
+class PictureFolder:
+    """The pictures below a folder, in the order of their paths; hidden files and folders are left out.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+        NotADirectoryError: It is a file.
+        ValueError: It holds no picture.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not self.folder.exists():
+            raise FileNotFoundError(f"no such folder: {self.folder}")
+        if not self.folder.is_dir():
+            raise NotADirectoryError(f"a folder of pictures was wanted, got a file: {self.folder}")
+        self.paths = sorted(path for path in self.folder.rglob("*") if self._is_picture(path))
+        if not self.paths:
+            raise ValueError(f"no pictures ({', '.join(sorted(SUFFIXES))}) in {self.folder}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> Image.Image:
+        """Open picture ``index`` as RGB."""
+        return open_picture(self.paths[index])
+
+    def describe(self, index: int) -> str:
+        """Where picture ``index`` lies."""
+        return str(self.paths[index])
+
+    def _is_picture(self, path: Path) -> bool:
+        hidden = any(part.startswith(".") for part in path.relative_to(self.folder).parts)
+        return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+
+
+@dataclass(frozen=True)
+class PictureIndex:
+    """Pictures that were encoded once and can be asked for any number of times."""
+
+    paths: Sequence[Path]
+    features: Tensor
+    """(N, D) of length 1, row i belongs to ``paths[i]``."""
+
+    def search(self, query_features: Tensor, top: int = 10) -> list[Hit]:
+        """Return the ``top`` pictures nearest to one encoded query of shape (D,), best first, ties by path."""
+        scores = self.features @ query_features
+        order = scores.argsort(descending=True, stable=True)[:top].tolist()
+        return [Hit(self.paths[row], scores[row].item()) for row in order]
+
+
+def index_pictures(
+    model: nn.Module,
+    pictures: PictureFolder | str | os.PathLike[str],
+    *,
+    transform: ImageTransform | None = None,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    progress: bool = False,
+) -> PictureIndex:
+    """Encode every readable picture of a folder; the others are named in the log.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: As ``PictureFolder``, or no picture can be read.
+
+    >>> index = index_pictures(model, "holiday")
+    >>> search(model, tokenizer, index, "a dog on a beach")[0].path
+    """
+    pictures = pictures if isinstance(pictures, PictureFolder) else PictureFolder(pictures)
+    encoded = encode_images(
+        model,
+        pictures,
+        transform,
+        batch_size=batch_size,
+        precision=precision,
+        max_bad_share=1.0,
+        progress=progress,
+    )
+    return PictureIndex([pictures.paths[index] for index in encoded.indices], encoded.features)
+
+
+def search(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    index: PictureIndex,
+    query: str,
+    top: int = 10,
+) -> list[Hit]:
+    """Rank the pictures of ``index`` by how near they are to the words of ``query``, best first."""
+    return index.search(encode_texts(model, tokenizer, [query])[0], top)

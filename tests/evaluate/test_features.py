@@ -1,0 +1,60 @@
+"""Encoding of many pictures and texts: order, batches, mode, precision, broken pictures."""
+
+import logging
+
+import pytest
+import torch
+
+from florence_fast.evaluate import encode_images, encode_texts
+from tests.evaluate.stand_ins import ColourModel, ColourPictures, tokenizer, transform
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+def test_rows_keep_the_order_of_the_source_for_every_batch_size(batch_size):
+    encoded = encode_images(ColourModel(), ColourPictures(["red", "blue", "green"]), transform, batch_size=batch_size)
+    assert encoded.indices == [0, 1, 2]
+    assert torch.equal(encoded.features, torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0]]))
+    texts = encode_texts(ColourModel(), tokenizer, ["a blue sky", "red"], batch_size=batch_size)
+    assert torch.equal(texts, torch.tensor([[0.0, 0, 1], [1, 0, 0]]))
+
+
+def test_the_model_runs_in_evaluation_mode_and_gets_its_mode_back():
+    model = ColourModel().train()
+    encoded = encode_images(model, ColourPictures(["red"]), transform)
+    assert model.modes == [False] and model.training and not encoded.features.requires_grad
+    model.eval()
+    encode_images(model, ColourPictures(["red"]), transform)
+    assert not model.training
+
+
+def test_pictures_follow_the_dtype_of_the_weights():
+    encoded = encode_images(ColourModel().double(), ColourPictures(["red"]), transform)
+    assert encoded.features.dtype is torch.float32
+
+
+def test_a_broken_picture_is_named_and_left_out(caplog):
+    source = ColourPictures(["red", None, "green"])
+    with caplog.at_level(logging.WARNING):
+        encoded = encode_images(ColourModel(), source, transform, max_bad_share=0.5)
+    assert encoded.indices == [0, 2] and len(encoded.features) == 2
+    assert "skipped picture 1: broken data stream" in caplog.text
+
+
+def test_too_many_broken_pictures_stop_the_call():
+    source = ColourPictures(["red", None, None, "green"])
+    with pytest.raises(ValueError, match=r"2 of 4 pairs cannot be read.*0\.3; first: picture 1, picture 2"):
+        encode_images(ColourModel(), source, transform, max_bad_share=0.3)
+    with pytest.raises(ValueError, match=r"none of 1 pictures can be read; first: picture 0"):
+        encode_images(ColourModel(), ColourPictures([None]), transform, max_bad_share=1.0)
+
+
+def test_nothing_to_encode_is_refused():
+    with pytest.raises(ValueError, match="at least one picture"):
+        encode_images(ColourModel(), ColourPictures([]), transform)
+    with pytest.raises(ValueError, match="at least one text"):
+        encode_texts(ColourModel(), tokenizer, [])
+
+
+def test_an_unknown_precision_names_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown precision 'amp_bf61' \(did you mean 'amp_bf16'\?\)"):
+        encode_images(ColourModel(), ColourPictures(["red"]), transform, precision="amp_bf61")
