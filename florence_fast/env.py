@@ -12,9 +12,7 @@ class Variable(NamedTuple):
     meaning: str
 
 
-VARIABLES = (
-    Variable("FLORENCE_FAST_BACKEND", "auto", "backend of every op: auto, triton, cpp, torch or reference"),
-)
+VARIABLES = (Variable("FLORENCE_FAST_BACKEND", "auto", "backend of every op: auto, triton, cpp, torch or reference"),)
 
 # Variables of others that explain a surprising speed or device; shown by `florence-fast info`, never read here.
 OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR")

@@ -1,0 +1,70 @@
+"""The command line ``florence-fast``: thin commands over the Python surface.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage (one line says what is wrong), 130 interrupted. Modules that need
+torch are imported by the commands that use them, so ``--help`` answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from florence_fast.cli import demo, evaluate, info, predict, search, train
+from florence_fast.cli.usage import WrongUsage
+from florence_fast.version import __version__
+
+NAME = "florence-fast"
+
+app = typer.Typer(name=NAME, add_completion=False, rich_markup_mode=None)
+app.command("demo")(demo.command)
+app.command("train")(train.command)
+app.add_typer(evaluate.commands, name="evaluate")
+app.command("predict")(predict.command)
+app.command("search")(search.command)
+app.command("info")(info.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Florence (2021), the vision foundation model: train it, measure it, search with it."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; ``args`` are the process's own by default."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        code = typer.main.get_command(app).main(args or ["--help"], prog_name=NAME, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("interrupted", 130)
+    except WrongUsage as error:
+        return _complain(str(error), 2)
+    except OSError as error:
+        return _complain(f"failed: {error}", 1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        return _complain(_usage_line(error), error.exit_code)
+    return code if isinstance(code, int) else 0
+
+
+def _usage_line(error: Any) -> str:
+    """What the option parser has to say, on one line, with the command that it is about."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else NAME
+    return f"{' '.join(error.format_message().split())} (see '{path} --help')"
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"{NAME}: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,121 @@
+"""``florence-fast evaluate zero-shot | retrieval``: figures for a model on pictures with texts."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from florence_fast.cli.usage import BatchSize, Device, Model, Precision, Pretrained, load, refusals_as_wrong_usage
+from florence_fast.files import write_json
+
+if TYPE_CHECKING:
+    from florence_fast.data.pairs import PairSource
+
+commands = typer.Typer(no_args_is_help=False, help="Measure a model: zero-shot classification or retrieval.")
+
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Pictures with texts: a CSV, TSV or JSONL file, a folder, WebDataset tars ('{000..010}' counts), or "
+        "'artists' for the shipped pictures of the artist that the demo never trains on.",
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Also write the figures here, as JSON.")]
+TEMPLATE_SETS = ("plain", "simple", "openai")
+
+
+@commands.command("zero-shot")
+def zero_shot(
+    data: Data,
+    classnames: Annotated[
+        Path | None,
+        typer.Option("--classnames", help="Text file, one class name a line.", show_default="the texts of --data"),
+    ] = None,
+    templates: Annotated[
+        str, typer.Option("--templates", help="plain (the name itself), simple (7) or openai (80 sentences).")
+    ] = "plain",
+    model: Model = "florence_nano",
+    pretrained: Pretrained = "artists",
+    out: Out = None,
+    batch_size: BatchSize = 256,
+    precision: Precision = "fp32",
+    device: Device = None,
+) -> None:
+    """How often the right name is the first, or among the first 5 or 10, of all names."""
+    from florence_fast.evaluate import class_indices, with_texts
+    from florence_fast.evaluate import zero_shot as measure
+
+    with refusals_as_wrong_usage():
+        source, texts = with_texts(_open(data))
+        names = _class_names(classnames, data, texts)
+        class_indices(texts, names)
+        sentences = _template_set(templates)
+    net, tokenizer = load(model, pretrained, device)
+    figures = measure(
+        net, tokenizer, source, names, sentences, batch_size=batch_size, precision=precision, progress=True
+    )
+    _report(out, "zero-shot", data, model, pretrained, figures)
+
+
+@commands.command("retrieval")
+def retrieval(
+    data: Data,
+    template: Annotated[str, typer.Option("--template", help="What is asked; {} stands for the text.")] = "{}",
+    model: Model = "florence_nano",
+    pretrained: Pretrained = "artists",
+    out: Out = None,
+    batch_size: BatchSize = 256,
+    precision: Precision = "fp32",
+    device: Device = None,
+) -> None:
+    """Recall at 1, 5 and 10 from pictures to texts and from texts to pictures."""
+    from florence_fast.evaluate import retrieval as measure
+
+    with refusals_as_wrong_usage():
+        source = _open(data)
+    net, tokenizer = load(model, pretrained, device)
+    figures = measure(
+        net, tokenizer, source, template=template, batch_size=batch_size, precision=precision, progress=True
+    )
+    _report(out, "retrieval", data, model, pretrained, figures)
+
+
+def _open(data: str) -> "PairSource":
+    from florence_fast.data.artists import artists_test
+    from florence_fast.data.pairs import open_pairs
+
+    return artists_test() if data == "artists" else open_pairs(data)
+
+
+def _class_names(file: Path | None, data: str, texts: list[str]) -> list[str]:
+    """Names from a file, the demo's whole vocabulary for its own pictures, or the distinct texts of the data."""
+    if file is not None:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if data == "artists":
+        from florence_fast.data.artists import artists_names
+
+        return artists_names()
+    from florence_fast.data.labels import text_label
+
+    return sorted({text_label(text): text for text in reversed(texts)}.values())
+
+
+def _template_set(name: str) -> list[str]:
+    from florence_fast.data.prompts import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+    from florence_fast.errors import unknown
+
+    sets = dict(zip(TEMPLATE_SETS, (["{}"], SIMPLE_IMAGENET_TEMPLATES, OPENAI_IMAGENET_TEMPLATES), strict=True))
+    if name not in sets:
+        raise unknown("set of templates", name, TEMPLATE_SETS)
+    return list(sets[name])
+
+
+def _report(
+    out: Path | None, task: str, data: str, model: str, pretrained: str | None, figures: dict[str, Any]
+) -> None:
+    record = {"task": task, "data": data, "model": model, "pretrained": pretrained, **figures}
+    print(json.dumps(record, indent=2))
+    if out is not None:
+        write_json(out, record)

@@ -1,0 +1,45 @@
+"""``florence-fast predict``: which of some texts a picture shows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from florence_fast.cli.usage import Device, Model, Precision, Pretrained, load, refusals_as_wrong_usage
+from florence_fast.files import write_json
+
+
+def command(
+    image: Annotated[Path, typer.Option("--image", help="The picture.")],
+    texts: Annotated[list[str], typer.Option("--texts", metavar="TEXT...", help="The texts to choose from.")],
+    more_texts: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    template: Annotated[str, typer.Option("--template", help="What is asked; {} stands for the text.")] = "{}",
+    model: Model = "florence_nano",
+    pretrained: Pretrained = "artists",
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the answer here, as JSON.")] = None,
+    precision: Precision = "fp32",
+    device: Device = None,
+) -> None:
+    """Say which of several texts describes a picture."""
+    with refusals_as_wrong_usage():
+        from florence_fast.data.pictures import open_picture
+        from florence_fast.evaluate import probabilities
+
+        picture = open_picture(image)
+    net, tokenizer = load(model, pretrained, device)
+    # The parser gives --texts one value only; those that follow it arrive as arguments.
+    texts = [*texts, *(more_texts or [])]
+    with refusals_as_wrong_usage():
+        asked = [template.format(text) for text in texts]
+        answer = probabilities(net, tokenizer, picture, asked, precision=precision)
+
+    ranked = sorted(zip(texts, answer, strict=True), key=lambda pair: -pair[1])
+    table = Table("text", "probability", title=str(image), title_justify="left")
+    for text, probability in ranked:
+        table.add_row(text, f"{probability:.1%}")
+    Console().print(table)
+    if out is not None:
+        answers = [{"text": text, "probability": probability} for text, probability in ranked]
+        write_json(out, {"image": str(image), "model": model, "pretrained": pretrained, "answers": answers})

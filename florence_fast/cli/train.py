@@ -1,0 +1,134 @@
+"""``florence-fast train``: contrastive pretraining on pictures with texts, with open_clip's names for its flags.
+
+A flag of the engine is a parameter named as the field of ``TrainConfig`` that it sets. It has no default of its own:
+what is not given keeps the value that the file of ``--config``, or else ``TrainConfig``, says.
+"""
+
+import dataclasses
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from florence_fast.cli.usage import Model, WrongUsage, load, pick_device, refusals_as_wrong_usage
+
+if TYPE_CHECKING:
+    from florence_fast.train import TrainConfig
+
+DEFAULT_EPOCHS = 32
+
+
+def command(
+    context: typer.Context,
+    train_data: Annotated[
+        str, typer.Option(help="CSV, TSV or JSONL file, folder, or WebDataset tars ('{000..010}' counts).")
+    ],
+    csv_img_key: Annotated[str, typer.Option(help="Column of the picture's path.")] = "filepath",
+    csv_caption_key: Annotated[str, typer.Option(help="Column of the text.")] = "title",
+    csv_separator: Annotated[str | None, typer.Option(help="Between columns.", show_default="by suffix")] = None,
+    model: Model = "florence_nano",
+    pretrained: Annotated[str | None, typer.Option(help="Start from these weights: a tag, a folder or a file.")] = None,
+    force_image_size: Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help=f"Length in passes [default: {DEFAULT_EPOCHS}].")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length in steps, in place of --epochs.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TrainConfig as JSON, stages too; given flags win.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs that a process encodes at once.")] = None,
+    accum_freq: Annotated[int, typer.Option(min=1, help="Batches joined in one loss (gradient cache).")] = 1,
+    lr: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--wd", help="Weight decay of matrices.")] = None,
+    beta1: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    beta2: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    eps: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps of linear warm-up.")] = None,
+    grad_clip_norm: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
+    loss: Annotated[str | None, typer.Option(help="unicl (equal texts are positives) or clip.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, amp_bf16 or amp.")] = None,
+    grad_checkpointing: Annotated[
+        bool | None, typer.Option("--grad-checkpointing", help="Trade time for memory.")
+    ] = None,
+    ema_decay: Annotated[float | None, typer.Option(help="Also keep a moving average of the weights.")] = None,
+    num_workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that decode.")] = None,
+    crop: Annotated[str | None, typer.Option(help="squash, center or random_resized.")] = None,
+    augment: Annotated[bool, typer.Option("--augment", help="Turn, shear and recolour the pictures.")] = False,
+    max_bad_share: Annotated[float | None, typer.Option(help="Share of unreadable pairs that stops it.")] = None,
+    max_skipped_steps: Annotated[int | None, typer.Option(min=0, help="NaN steps in a row that stop it.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order and augmentation.")] = None,
+    save_frequency: Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints.")] = None,
+    keep_checkpoints: Annotated[int | None, typer.Option(min=1, help="How many checkpoints stay.")] = None,
+    log_every_n_steps: Annotated[int | None, typer.Option(min=1, help="Steps between lines of the log.")] = None,
+    logs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("logs"),
+    name: Annotated[
+        str | None, typer.Option(help="Folder of this run in --logs.", show_default="date and model")
+    ] = None,
+    resume: Annotated[str | None, typer.Option(help="'latest', or a checkpoint, to continue from.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="a GPU if any")] = None,
+) -> None:
+    """Pretrain a model on pictures with texts.
+
+    Under torchrun it trains on several processes. Checkpoints, results.jsonl and the log lie in --logs/--name.
+    """
+    with refusals_as_wrong_usage():
+        import torch
+
+        from florence_fast.data import BatchAugment, open_pairs
+        from florence_fast.models import get_model_config
+        from florence_fast.train import TrainConfig, Trainer, init_distributed, world_size
+
+        image_size = force_image_size or get_model_config(model).image.img_size
+        folder = _run_folder(logs, name, model, resume)
+        device = pick_device(device) if device else str(init_distributed())
+        source = open_pairs(train_data, img_key=csv_img_key, caption_key=csv_caption_key, separator=csv_separator)
+        fields = {field.name for field in dataclasses.fields(TrainConfig)}
+        given = {key: value for key, value in context.params.items() if key in fields and value is not None}
+        run = _config(config, given, image_size, epochs, steps, accum_freq, save_frequency, len(source), world_size())
+
+    torch.manual_seed(run.seed)
+    net, tokenizer = load(model, pretrained, device)
+    pixels = BatchAugment(net.config.image_mean, net.config.image_std) if augment else None
+    Trainer(net, tokenizer, source, run, folder, augment=pixels).run(resume=resume)
+    print(f"checkpoints: {folder / 'checkpoints'}")
+
+
+def _run_folder(logs: Path, name: str | None, model: str, resume: str | None) -> Path:
+    """The folder of this run, refused when a run that is not to be continued lies there."""
+    if name is None and (resume == "latest" or "RANK" in os.environ):
+        raise ValueError("--name is needed with --resume latest and under torchrun, to say which run it is")
+    folder = logs / (name or f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}")
+    if resume is None and (folder / "checkpoints").exists():
+        raise ValueError(f"{folder} holds a run already: --resume latest continues it, another --name starts anew")
+    if resume not in (None, "latest") and not Path(resume).is_file():
+        raise FileNotFoundError(f"no such checkpoint: {resume}")
+    return folder
+
+
+def _config(
+    file: Path | None,
+    given: dict[str, Any],
+    image_size: int,
+    epochs: int | None,
+    steps: int | None,
+    accum_freq: int,
+    save_frequency: int | None,
+    num_pairs: int,
+    num_processes: int,
+) -> "TrainConfig":
+    """Join the file's settings, the given flags, and what follows from epochs and accumulation."""
+    from florence_fast.train import TrainConfig
+
+    settings = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    if epochs and steps:
+        raise WrongUsage("--epochs and --steps are two ways to say one length: give one of them")
+    if "stages" in settings and (epochs or steps):
+        raise WrongUsage(f"the stages of {file} say how long the run is: leave out --epochs and --steps")
+    settings = {**settings, **given}
+    at_once = settings.get("batch_size", TrainConfig.batch_size)
+    if accum_freq > 1:
+        settings |= {"batch_size": at_once * accum_freq, "micro_batch_size": at_once}
+    steps_per_epoch = max(1, num_pairs // (at_once * accum_freq * num_processes))
+    if save_frequency:
+        settings["save_every_steps"] = save_frequency * steps_per_epoch
+    length = steps or (epochs or DEFAULT_EPOCHS) * steps_per_epoch
+    return TrainConfig.from_dict({"stages": [{"steps": length, "image_size": image_size}], **settings})

@@ -1,0 +1,72 @@
+"""What the commands share: refusals become wrong usage, and a model is loaded with its tokenizer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from florence_fast.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+REFUSALS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError)
+
+PRECISIONS = ("fp32", "amp_bf16", "amp")
+
+
+def _known_precision(word: str) -> str:
+    if word not in PRECISIONS:
+        raise typer.BadParameter(f"{word!r} is none of {', '.join(PRECISIONS)}{did_you_mean(word, PRECISIONS)}")
+    return word
+
+
+Model = Annotated[str, typer.Option("--model", help="Name of the model; an unknown one lists those that there are.")]
+Pretrained = Annotated[
+    str | None, typer.Option("--pretrained", help="Weights: a tag, a folder or a file; 'none' for random ones.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1; by default a GPU if there is one.")]
+Precision = Annotated[str, typer.Option("--precision", callback=_known_precision, help="fp32, amp_bf16 or amp.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures or texts in one forward pass.")]
+
+
+class WrongUsage(Exception):
+    """The command cannot be carried out as it was asked; the message says why, in one line."""
+
+
+@contextmanager
+def refusals_as_wrong_usage() -> Iterator[None]:
+    """Turn the errors with which our functions refuse their arguments into ``WrongUsage``.
+
+    It is put around the checks at a command's start and never around its work, whose errors are failures.
+    """
+    try:
+        yield
+    except REFUSALS as error:
+        raise WrongUsage(" ".join(str(error).split())) from error
+
+
+def load(model: str, pretrained: str | None, device: str | None) -> tuple["nn.Module", Any]:
+    """Create a model on its device, with its tokenizer; a name, tag or device that is not there is wrong usage."""
+    import florence_fast as ff
+
+    with refusals_as_wrong_usage():
+        weights = None if pretrained == "none" else pretrained
+        return ff.create_model(model, pretrained=weights, device=pick_device(device)), ff.get_tokenizer(model)
+
+
+def pick_device(name: str | None) -> str:
+    """Return ``name``, or the GPU if there is one, after looking that it can be used.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name

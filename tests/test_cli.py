@@ -1,0 +1,228 @@
+"""The command line: what it answers, its exit codes, and that wrong usage is one clear line with exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from florence_fast import __version__
+from florence_fast.cli import main
+
+COMMANDS = ("demo", "train", "evaluate", "predict", "search", "info")
+TINY = ["--pretrained", "none", "--device", "cpu"]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of four pictures, two of them in a folder of their own, and one file that only says it is a picture."""
+    folder = tmp_path / "pictures"
+    (folder / "fruit").mkdir(parents=True)
+    for name, colour in {"red": "red", "blue": "blue", "fruit/apple": "green", "fruit/lemon": "yellow"}.items():
+        Image.new("RGB", (20, 12), colour).save(folder / f"{name}.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more than a beginning")
+    return folder
+
+
+@pytest.fixture
+def pairs(pictures) -> Path:
+    """A TSV file with open_clip's column names."""
+    rows = ["filepath\ttitle"] + [f"{pictures / name}.png\ta {name} thing" for name in ("red", "blue", "fruit/apple")]
+    file = pictures.parent / "pairs.tsv"
+    file.write_text("\n".join(rows) + "\n")
+    return file
+
+
+def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
+    """Run a command that must be refused, and return its one line."""
+    assert main([str(arg) for arg in args]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.strip().splitlines()) == 1, captured.err
+    return captured.err
+
+
+def test_help_names_every_command_and_nothing_else(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.split("Commands:")[1].strip().splitlines()
+    assert sorted(line.split()[0] for line in lines) == sorted(COMMANDS)
+    assert not any("..." in line for line in lines), "a summary is too long for the list of commands"
+    assert main([]) == 0
+
+
+@pytest.mark.parametrize(
+    "command", [[name] for name in COMMANDS] + [["evaluate", "zero-shot"], ["evaluate", "retrieval"]]
+)
+def test_every_command_explains_itself(command, capsys):
+    assert main([*command, "--help"]) == 0
+    assert "Options:" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_the_module_runs_as_the_command_does():
+    shown = subprocess.run([sys.executable, "-m", "florence_fast", "--version"], capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout.strip()) == (0, __version__)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["train", "--train-data", "x", "--bach-size", "8"], "--batch-size"),
+        (["train"], "Missing option '--train-data'"),
+        (["train", "--train-data", "x", "--batch-size", "many"], "'--batch-size'"),
+        (["predict", "--texts", "a cat"], "Missing option '--image'"),
+        (["evaluate"], "Missing command"),
+    ],
+    ids=["command", "option", "missing", "value", "picture", "subcommand"],
+)
+def test_wrong_usage_is_one_line_that_names_the_nearest(args, said, capsys):
+    assert said in refused(capsys, *args)
+
+
+def test_refusals_of_the_commands_are_wrong_usage_too(capsys, pictures, pairs, tmp_path):
+    picture = pictures / "red.png"
+    predict = ["predict", "--image", picture, "--texts", "a"]
+    assert "did you mean 'florence_nano'" in refused(capsys, *predict, "--model", "florence_nanoo", *TINY)
+    assert "nowhere.png" in refused(capsys, "predict", "--image", tmp_path / "nowhere.png", "--texts", "a", *TINY)
+    assert "'abacus'" in refused(capsys, *predict, "--pretrained", "none", "--device", "abacus")
+    assert "did you mean 'amp_bf16'" in refused(capsys, *predict, *TINY, "--precision", "amp_bf61")
+    assert "no such folder" in refused(capsys, "search", "--images", tmp_path / "no", "--query", "a", *TINY)
+    assert "no pictures" in refused(capsys, "search", "--images", empty(tmp_path), "--query", "a", *TINY)
+    train = ["train", "--device", "cpu", "--logs", tmp_path / "logs", "--train-data"]
+    assert "nowhere.csv" in refused(capsys, *train, tmp_path / "nowhere.csv")
+    assert "one length" in refused(capsys, *train, pairs, "--steps", 1, "--epochs", 1)
+    assert "--name" in refused(capsys, *train, pairs, "--resume", "latest")
+    assert "did you mean 'unicl'" in refused(capsys, *train, pairs, "--loss", "unicls")
+    assert "unknown set of templates" in refused(capsys, "evaluate", "zero-shot", "--data", pairs, "--templates", "two")
+    assert not (tmp_path / "logs").exists(), "a refused run left something behind"
+
+
+def empty(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+def test_predict_ranks_its_texts(capsys, pictures, tmp_path):
+    out = tmp_path / "answer.json"
+    texts = ["a cat", "a dog", "a house"]
+    assert main(["predict", "--image", str(pictures / "red.png"), *TINY, "--out", str(out), "--texts", *texts]) == 0
+    shown = capsys.readouterr().out
+    answers = json.loads(out.read_text())["answers"]
+    assert sorted(answer["text"] for answer in answers) == texts and all(text in shown for text in texts)
+    assert [answer["probability"] for answer in answers] == sorted((a["probability"] for a in answers), reverse=True)
+    assert sum(answer["probability"] for answer in answers) == pytest.approx(1)
+
+
+def test_search_writes_a_list_and_a_page_that_needs_nothing_else(capsys, pictures, tmp_path):
+    out = tmp_path / "found"
+    query = 'red <b>"fruit"</b>'
+    assert main(["search", "--images", str(pictures), "--query", query, "--out", str(out), "--top", "3", *TINY]) == 0
+    hits = json.loads((out / "results.json").read_text())["hits"]
+    assert len(hits) == 3 and [hit["score"] for hit in hits] == sorted((h["score"] for h in hits), reverse=True)
+    assert {Path(hit["path"]).name for hit in hits} <= {"red.png", "blue.png", "apple.png", "lemon.png"}
+    page = (out / "contact_sheet.html").read_text()
+    assert page.count("data:image/webp;base64,") == 3 and 'src="http' not in page
+    assert "<b>" not in page and "red &lt;b&gt;" in page
+    assert "broken.png" in capsys.readouterr().err
+
+
+def test_train_writes_a_run_and_continues_it(pairs, tmp_path, capsys):
+    common = ["train", "--train-data", str(pairs), "--batch-size", "2", "--device", "cpu", "--precision", "fp32"]
+    common += ["--logs", str(tmp_path), "--name", "run", "--log-every-n-steps", "1"]
+    assert main([*common, "--steps", "2"]) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    losses = [json.loads(line)["loss"] for line in (checkpoints / "results.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)
+    capsys.readouterr()
+    assert "--resume latest continues it" in refused(capsys, *common, "--steps", "2")
+    assert main([*common, "--steps", "2", "--resume", "latest"]) == 0
+
+
+def test_train_flags_set_the_fields_that_they_name(pairs, tmp_path, monkeypatch):
+    import florence_fast.train
+
+    seen = {}
+
+    class Recorder:
+        def __init__(self, model, tokenizer, source, config, out_dir, **options):
+            seen.update(config=config, out_dir=out_dir, pairs=len(source), **options)
+
+        def run(self, resume=None):
+            seen["resume"] = resume
+            return {}
+
+    monkeypatch.setattr(florence_fast.train, "Trainer", Recorder)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"lr": 0.25, "beta1": 0.5, "batch_size": 7}))
+    flags = "--epochs 4 --batch-size 1 --accum-freq 3 --lr 0.125 --wd 0.5 --warmup 1 --workers 0 --save-frequency 2"
+    args = ["train", "--train-data", str(pairs), "--config", str(file), "--logs", str(tmp_path), "--name", "n"]
+    assert main([*args, "--device", "cpu", "--loss", "clip", "--force-image-size", "32", *flags.split()]) == 0
+    config = seen["config"]
+    assert (config.batch_size, config.micro_batch_size, config.save_every_steps) == (3, 1, 2)
+    assert [(stage.steps, stage.image_size) for stage in config.stages] == [(4, 32)]
+    assert (config.lr, config.beta1, config.weight_decay, config.warmup, config.loss) == (0.125, 0.5, 0.5, 1, "clip")
+    assert (seen["out_dir"], seen["pairs"], seen["resume"], seen["augment"]) == (tmp_path / "n", 3, None, None)
+
+
+def test_evaluate_prints_and_writes_the_same_figures(pairs, tmp_path, capsys):
+    for task, keys in (("zero-shot", {"top1", "classes"}), ("retrieval", {"image_to_text", "texts"})):
+        out = tmp_path / f"{task}.json"
+        assert main(["evaluate", task, "--data", str(pairs), "--out", str(out), *TINY]) == 0
+        figures = json.loads(out.read_text())
+        assert json.loads(capsys.readouterr().out) == figures
+        assert keys <= figures.keys() and figures["images"] == 3 and figures["task"] == task
+
+
+def test_info_lists_versions_variables_and_reasons(capsys, monkeypatch):
+    monkeypatch.setenv("FLORENCE_FAST_BACKEND", "reference")
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {"name": "florence_fast", "version": __version__} in facts["versions"]
+    (ours,) = [row for row in facts["environment"] if row["variable"] == "FLORENCE_FAST_BACKEND"]
+    assert ours["value"] == "reference"
+    used = {row["op"]: row["backend"] for row in facts["ops"] if row["here"] == ["used here"]}
+    from florence_fast.ops import OPS
+
+    assert used == dict.fromkeys(OPS, "reference")
+    assert all(row["here"] for row in facts["ops"])
+    assert main(["info"]) == 0
+    assert "window_attention" in capsys.readouterr().out
+    monkeypatch.setenv("FLORENCE_FAST_BACKEND", "tritn")
+    assert "did you mean 'triton'" in refused(capsys, "info")
+
+
+def test_every_variable_that_the_source_reads_is_in_the_table_and_the_reverse():
+    import re
+
+    from florence_fast import env
+
+    package = Path(env.__file__).parent
+    texts = {p: p.read_text() for p in package.rglob("*.py") if p != Path(env.__file__)}
+    read = {name for text in texts.values() for name in re.findall(r"FLORENCE_FAST_[A-Z_]+", text)}
+    assert read == {variable.name for variable in env.VARIABLES}
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left"), 1, "No space left")],
+    ids=["ctrl-c", "disk-full"],
+)
+def test_interruption_and_failure_have_their_own_exit_codes(raised, code, said, monkeypatch, capsys):
+    def fail():
+        raise raised
+
+    monkeypatch.setattr("florence_fast.info.collect", fail)
+    assert main(["info"]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_an_unexpected_error_keeps_its_traceback():
+    code = "from florence_fast import info, cli; import sys; info.collect = lambda: 1 / 0; sys.exit(cli.main(['info']))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 1 and "ZeroDivisionError" in shown.stderr and "Traceback" in shown.stderr
