@@ -1,0 +1,79 @@
+"""Imports point one way: each layer may import those below it and nothing above, read from the syntax trees."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What each part of florence_fast may import from the rest of it. Leaves (errors, env, files, version) are free to all.
+LEAVES = {"errors", "env", "files", "version"}
+ALLOWED = {
+    **{leaf: set() for leaf in LEAVES},
+    "kernels": set(),
+    "_C": set(),
+    "ops": {"kernels", "_C"},
+    "data": set(),
+    "models": {"ops", "data"},
+    "compat": {"ops", "models"},
+    "heads": {"ops", "models", "data"},
+    "train": {"ops", "models", "heads", "data"},
+    "evaluate": {"ops", "models", "heads", "data"},
+    "info": {"ops"},
+    "demo": {"ops", "models", "data", "train", "evaluate"},
+    "cli": {"ops", "models", "heads", "data", "train", "evaluate", "compat", "info", "demo"},
+    "__main__": {"cli"},
+}
+KERNELS_MAY_IMPORT = {"torch", "triton"}
+
+
+def source_files() -> list[Path]:
+    return sorted([*(ROOT / "florence_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def part_of(path: Path) -> str:
+    """The part that a file belongs to: 'ops' for florence_fast/ops/x.py, 'cli' for florence_fast/cli/train.py."""
+    relative = path.relative_to(ROOT)
+    return "kernels" if relative.parts[0] == "kernels" else relative.with_suffix("").parts[1]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of everything that a file imports, in functions too; names imported from a package count."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_from_the_layers_below_it(path):
+    part = part_of(path)
+    if part == "__init__":
+        return
+    assert part in ALLOWED, f"{part} is a new part of florence_fast: give it a row in ALLOWED"
+    for module in imported_modules(path):
+        names = module.split(".")
+        assert names[0] not in {"bench", "tests", "scripts"}, f"{part} must not import {module}"
+        if part == "kernels":
+            ours = names[:2] == ["florence_fast", "kernels"]
+            standard = names[0] in __import__("sys").stdlib_module_names
+            assert ours or standard or names[0] in KERNELS_MAY_IMPORT, f"kernels must not import {module}"
+        elif names[0] == "florence_fast" and len(names) > 1 and names[1] in ALLOWED:
+            allowed = ALLOWED[part] | LEAVES | {part}
+            assert names[1] in allowed, f"{part} must not import {module}: it may import {sorted(allowed)}"
+
+
+def test_the_package_itself_needs_neither_torch_nor_triton():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, florence_fast, florence_fast.cli; print(sorted({'torch', 'triton', 'numpy'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert shown.stdout.strip() == "[]"
