@@ -1,0 +1,234 @@
+"""`create_model` and its companions, with the names and the order of arguments of open_clip and timm."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from florence_fast.errors import did_you_mean, unknown
+from florence_fast.models.config import IMAGENET_MEAN, IMAGENET_STD, FlorenceConfig, ImageConfig
+from florence_fast.models.florence import Florence, build_tower
+from florence_fast.models.pretrained import Checkpoint, find_pretrained, load_state, read_checkpoint
+from florence_fast.models.registry import ModelConfig, config_from_dict, get_model_config
+from florence_fast.models.tower import FeatureExtractor, ImageTower
+
+LOCAL_DIR = "local-dir:"
+
+# None: weights stay fp32 and autocast lowers what it may
+PRECISIONS = {"fp32": None, "amp": None, "amp_bf16": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# keyword of create_model -> the part of the configuration and the field that it sets
+_OVERRIDES = {
+    "img_size": ("image", "img_size"),
+    "force_image_size": ("image", "img_size"),
+    "in_chans": ("image", "in_chans"),
+    "window_size": ("image", "window_size"),
+    "drop_path_rate": ("image", "drop_path_rate"),
+    "num_classes": ("image", "num_classes"),
+    "context_length": ("text", "context_length"),
+    "force_context_length": ("text", "context_length"),
+    "image_mean": ("", "image_mean"),
+    "image_std": ("", "image_std"),
+}
+# fields in which weights may differ from the named configuration and still be that model's
+_FREE = {
+    "image": {"img_size", "window_size", "drop_path_rate", "num_classes"},
+    "text": {"context_length"},
+    "": {"image_mean", "image_std", "init_logit_scale", "max_logit_scale"},
+}
+
+
+def build_model(config: ModelConfig) -> Florence | ImageTower:
+    """Build a dual encoder or an image tower with drawn weights; the meta device is respected."""
+    return Florence(config) if isinstance(config, FlorenceConfig) else build_tower(config)
+
+
+def create_model(
+    model_name: str,
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    *,
+    strict: bool = True,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    output_fmt: str = "NCHW",
+    output_dict: bool = False,
+    **overrides: Any,
+) -> Florence | ImageTower | FeatureExtractor:
+    """Build a model by name, with weights if asked.
+
+    Args:
+        model_name: one of `list_models()`, or ``"local-dir:PATH"`` for what `save_pretrained` wrote there.
+        pretrained: a tag of `list_pretrained()`, a directory of `save_pretrained`, or a file: safetensors, or
+            ``.pth``/``.pt`` with tensors alone, in our own layout or that of Microsoft's Swin or UniCL, timm's or
+            Hugging Face's Swin. The configuration inside such a file is followed.
+        precision: open_clip's words: fp32, amp and amp_bf16 (fp32 weights, for autocast), bf16 and fp16 (weights).
+        device: where the model goes.
+        strict: raise when the weights do not cover the model exactly.
+        features_only: return the image tower as a backbone that gives a list of maps.
+        out_indices: with ``features_only``, the stages to return.
+        output_fmt: with ``features_only``, "NCHW" or "NHWC".
+        output_dict: a dual encoder returns a dict instead of a tuple.
+        overrides: img_size (force_image_size), window_size, in_chans, drop_path_rate, num_classes (towers),
+            context_length (force_context_length), image_mean, image_std.
+
+    Returns:
+        `Florence` for a dual encoder, an `ImageTower` for a tower, a `FeatureExtractor` with ``features_only``; in
+        evaluation mode when weights were loaded, as open_clip leaves it.
+
+    Raises:
+        ValueError: an unknown name, tag or precision (with the nearest one), or weights of another model.
+        TypeError: a keyword that nothing takes.
+        FileNotFoundError: ``pretrained`` is a path and nothing is there.
+
+    >>> model = create_model("florence_nano", img_size=32)
+    >>> model.encode_image(torch.randn(2, 3, 32, 32)).shape
+    torch.Size([2, 256])
+    """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    config, checkpoint = _plan(model_name, pretrained)
+    model = build_model(_override(config, overrides))
+    if checkpoint is not None:
+        load_state(model, checkpoint.state, strict=strict, source=str(checkpoint.path))
+        model.eval()
+    if isinstance(model, Florence):
+        model.output_dict = output_dict
+    if features_only:
+        model = FeatureExtractor(model.visual if isinstance(model, Florence) else model, out_indices, output_fmt)
+    return cast_weights(model, PRECISIONS[precision]).to(device)
+
+
+def _plan(model_name: str, pretrained: str | os.PathLike[str] | None) -> tuple[ModelConfig, Checkpoint | None]:
+    """Find configuration and weights; a configuration that comes with the weights is followed where it may differ."""
+    if model_name.startswith(LOCAL_DIR):
+        checkpoint = read_checkpoint(model_name.removeprefix(LOCAL_DIR))
+        if checkpoint.config is None:
+            raise ValueError(
+                f"{checkpoint.path} holds no configuration: give the model's name, and this as pretrained="
+            )
+        return config_from_dict(checkpoint.config), checkpoint
+    named = get_model_config(model_name)
+    if not pretrained:
+        return named, None
+    checkpoint = read_checkpoint(find_pretrained(model_name, pretrained))
+    if checkpoint.config is None:
+        return named, checkpoint
+    saved = config_from_dict(checkpoint.config)
+    if isinstance(named, ImageConfig) and isinstance(saved, FlorenceConfig):
+        saved = saved.image
+    differences = _differences(named, saved)
+    if differences:
+        raise ValueError(f"{checkpoint.path} holds another model than {model_name}: {'; '.join(differences[:4])}")
+    return saved, checkpoint
+
+
+def _differences(named: ModelConfig, saved: ModelConfig) -> list[str]:
+    """Say in which fields, of those that shape a model, two configurations differ."""
+    if type(named) is not type(saved):
+        return [f"{type(saved).__name__} instead of {type(named).__name__}"]
+    found = []
+    for part in ("image", "text", "") if isinstance(named, FlorenceConfig) else ("image",):
+        ours, theirs = (getattr(c, part) if isinstance(c, FlorenceConfig) and part else c for c in (named, saved))
+        for field in dataclasses.fields(ours):
+            a, b = getattr(ours, field.name), getattr(theirs, field.name)
+            if a != b and field.name not in _FREE[part] and not dataclasses.is_dataclass(a):
+                found.append(f"{part}{'.' if part else ''}{field.name} {b} instead of {a}")
+    return found
+
+
+def _override(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
+    """Apply the keywords that the user gave to the part of the configuration that each belongs to."""
+    for key, value in overrides.items():
+        if key not in _OVERRIDES:
+            raise TypeError(f"create_model takes no keyword {key!r}{did_you_mean(key, _OVERRIDES)}")
+        if value is None:
+            continue
+        part, field = _OVERRIDES[key]
+        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(config, FlorenceConfig) and part:
+            value, field = dataclasses.replace(getattr(config, part), **{field: value}), part
+        elif isinstance(config, ImageConfig) and part != "image":
+            raise TypeError(f"{key!r} belongs to a dual encoder, and this model is an image tower")
+        config = dataclasses.replace(config, **{field: value})
+    return config
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Bring weights to ``dtype``, in place; bias tables and logit_scale stay fp32, as the ops want them."""
+    if dtype is not None:
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("relative_position_bias_table", "logit_scale")):
+                parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def create_model_and_transforms(
+    model_name: str,
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    **kwargs: Any,
+) -> tuple[nn.Module, Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+    """Build a model and the two transforms that bring pictures to it.
+
+    Returns:
+        ``(model, transform for training, transform for evaluation)``; the keywords are `create_model`'s.
+    """
+    model = create_model(model_name, pretrained, precision, device, **kwargs)
+    return model, transform_of(model, is_train=True), transform_of(model, is_train=False)
+
+
+def create_model_from_pretrained(
+    model_name: str,
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    return_transform: bool = True,
+    **kwargs: Any,
+) -> nn.Module | tuple[nn.Module, Callable[[Any], Tensor]]:
+    """Build a model with weights, and the transform for evaluation.
+
+    Raises:
+        ValueError: no weights were named; drawn ones would be of no use.
+    """
+    if not pretrained and not model_name.startswith(LOCAL_DIR):
+        raise ValueError(
+            f"create_model_from_pretrained({model_name!r}) needs pretrained=: a tag, a directory or a file"
+        )
+    model = create_model(model_name, pretrained, precision, device, **kwargs).eval()
+    return (model, transform_of(model, is_train=False)) if return_transform else model
+
+
+def transform_of(model: nn.Module, is_train: bool) -> Callable[[Any], Tensor]:
+    """Return the transform from a PIL image to the (3, H, W) tensor that ``model`` was made for."""
+    from florence_fast.data.transforms import image_transform
+
+    config = (model.tower if isinstance(model, FeatureExtractor) else model).config
+    if isinstance(config, FlorenceConfig):
+        return image_transform(config.image.img_size, is_train, config.image_mean, config.image_std)
+    return image_transform(config.img_size, is_train, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def get_tokenizer(model_name: str, context_length: int | None = None) -> Callable[[str | list[str]], Tensor]:
+    """Return the tokenizer of a model: str or list of str -> (B, context_length) token ids.
+
+    Args:
+        model_name: as in `create_model`.
+        context_length: another length than the model's.
+
+    Raises:
+        ValueError: an unknown model, or an image tower, which reads no text.
+    """
+    from florence_fast.data.tokenizer import Tokenizer
+
+    config = _plan(model_name, None)[0]
+    if not isinstance(config, FlorenceConfig):
+        raise ValueError(f"{model_name} is an image tower and reads no text")
+    return Tokenizer(context_length or config.text.context_length)

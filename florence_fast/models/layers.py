@@ -1,0 +1,102 @@
+"""The pieces that both towers are made of.
+
+B batch · H W map height and width · C channels · h heads
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def add_branch(x: Tensor, branch: Tensor, drop_rate: float, training: bool) -> Tensor:
+    """Return ``x + branch``, the branch left out for a random share of the samples while training (drop path).
+
+    One draw a sample and call from torch's generator; what is kept is divided by the share that is kept, so the
+    expectation is ``x + branch`` (Huang et al. 2016).
+
+    Args:
+        x: residual stream (B, ..., C).
+        branch: same shape.
+        drop_rate: share of samples that skip the branch, in [0, 1).
+        training: False adds the branch of every sample.
+    """
+    if not training or drop_rate == 0:
+        return x + branch
+    keep = 1 - drop_rate
+    mask = torch.empty(x.shape[0], *[1] * (x.ndim - 1), dtype=branch.dtype, device=x.device)
+    return torch.addcmul(x, branch, mask.bernoulli_(keep).div_(keep))
+
+
+def drop_path_rates(depths: tuple[int, ...], rate: float) -> list[list[float]]:
+    """Return one rate a block, a list a stage, rising linearly from 0 in the first block to ``rate`` in the last."""
+    last = max(sum(depths) - 1, 1)
+    starts = [sum(depths[:stage]) for stage in range(len(depths))]
+    return [
+        [rate * (start + block) / last for block in range(depth)] for start, depth in zip(starts, depths, strict=True)
+    ]
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), the GELU of CLIP and UniCL."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the activation, shaped as ``x``."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear, under Swin's names."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., C) to (..., C)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def resize_bias_table(table: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """Resize a table of relative position biases to another window, bicubically, as Swin does between resolutions.
+
+    Args:
+        table: ((2w-1)**2, h) of a square window w.
+        window_size: height and width of the new window.
+
+    Returns:
+        ((2wh-1)(2ww-1), h), dtype of ``table``; ``table`` itself when the window is the same.
+
+    Raises:
+        ValueError: the table does not belong to a square window.
+    """
+    side = math.isqrt(table.shape[0])
+    if side * side != table.shape[0] or side % 2 == 0:
+        raise ValueError(f"a bias table of a square window w has (2w-1)**2 rows, got {tuple(table.shape)}")
+    size = (2 * window_size[0] - 1, 2 * window_size[1] - 1)
+    if size == (side, side):
+        return table
+    grid = table.detach().float().T.reshape(1, -1, side, side)  # (1, h, 2w-1, 2w-1)
+    grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+    return grid.flatten(2)[0].T.contiguous().to(table.dtype)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Draw the parameters that ``module`` itself owns: Swin's truncated normal for products, ones and zeros for norms.
+
+    Convolutions are drawn by fan-in: at 0.02 a stem of 147 inputs would start far too quiet.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.7 * math.sqrt(2 / module.weight[0].numel()))
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
