@@ -1,0 +1,39 @@
+"""Data: image-text pairs from files, the demo's pictures, tokenizer, transforms, augmentation, and the loader."""
+
+from florence_fast.data.artists import artists_names, artists_test, artists_train
+from florence_fast.data.augment import BatchAugment
+from florence_fast.data.labels import text_label
+from florence_fast.data.loader import BadDataError, Batch, PairLoader
+from florence_fast.data.pairs import Concat, PairSource, PairText, Subset, open_pairs
+from florence_fast.data.pictures import open_picture
+from florence_fast.data.prompts import (
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    SIMPLE_IMAGENET_TEMPLATES,
+    TRAIN_TEMPLATES,
+)
+from florence_fast.data.tokenizer import Tokenizer
+from florence_fast.data.transforms import image_transform
+
+__all__ = [
+    "IMAGENET_CLASSNAMES",
+    "OPENAI_IMAGENET_TEMPLATES",
+    "SIMPLE_IMAGENET_TEMPLATES",
+    "TRAIN_TEMPLATES",
+    "BadDataError",
+    "Batch",
+    "BatchAugment",
+    "Concat",
+    "PairLoader",
+    "PairSource",
+    "PairText",
+    "Subset",
+    "Tokenizer",
+    "artists_names",
+    "artists_test",
+    "artists_train",
+    "image_transform",
+    "open_pairs",
+    "open_picture",
+    "text_label",
+]

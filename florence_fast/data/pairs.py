@@ -1,0 +1,183 @@
+"""Pictures with texts, whatever they lie in: one map-style source, and one function that opens it.
+
+A source is indexed once, before the first step, and then answers for any index in any order: the order of a run
+can depend on its seed alone. What is wrong with a single pair shows when it is asked for, as a ``ValueError`` or
+``OSError``, so that a loader can count it, name it and go on.
+"""
+
+import difflib
+import os
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+
+from PIL import Image
+
+from florence_fast.data.pictures import MAX_PIXELS, open_picture
+
+__all__ = ["Concat", "PairSource", "PairText", "Subset", "open_pairs", "open_picture"]
+
+REMOTE = ("http://", "https://", "s3://", "gs://", "hf://", "ftp://", "pipe:", "-")
+
+
+@dataclass(frozen=True, slots=True)
+class PairText:
+    """What is said about one picture: its text and, where the data has them, a short name and keywords."""
+
+    text: str
+    short_name: str | None = None
+    keywords: list[str] = field(default_factory=list)
+
+
+class PairSource(ABC):
+    """Image-text pairs by index; reading is free of state, so processes may share a source."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of pairs, the unreadable ones included."""
+
+    @abstractmethod
+    def texts(self, index: int) -> PairText:
+        """Return the texts of pair ``index``, or raise ValueError or OSError where they cannot be read."""
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """Decode the picture of pair ``index`` to RGB, or raise ValueError or OSError where it cannot be read."""
+
+    @abstractmethod
+    def describe(self, index: int) -> str:
+        """Say where pair ``index`` lies, for messages: a file and a row, or a shard and a key."""
+
+
+class Subset(PairSource):
+    """Some pairs of a source, in the order given."""
+
+    def __init__(self, source: PairSource, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def texts(self, index: int) -> PairText:
+        """Texts of the chosen pair ``index``."""
+        return self.source.texts(self.indices[index])
+
+    def image(self, index: int) -> Image.Image:
+        """Picture of the chosen pair ``index``."""
+        return self.source.image(self.indices[index])
+
+    def describe(self, index: int) -> str:
+        """Where the chosen pair ``index`` lies."""
+        return self.source.describe(self.indices[index])
+
+
+class Concat(PairSource):
+    """Several sources, one after another."""
+
+    def __init__(self, sources: Sequence[PairSource]) -> None:
+        self.sources = list(sources)
+        self._ends = list(accumulate(len(source) for source in self.sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _locate(self, index: int) -> tuple[PairSource, int]:
+        number = bisect_right(self._ends, index)
+        return self.sources[number], index - (self._ends[number - 1] if number else 0)
+
+    def texts(self, index: int) -> PairText:
+        """Texts of pair ``index`` of them all."""
+        source, index = self._locate(index)
+        return source.texts(index)
+
+    def image(self, index: int) -> Image.Image:
+        """Picture of pair ``index`` of them all."""
+        source, index = self._locate(index)
+        return source.image(index)
+
+    def describe(self, index: int) -> str:
+        """Where pair ``index`` of them all lies."""
+        source, index = self._locate(index)
+        return source.describe(index)
+
+
+def open_pairs(
+    spec: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    img_key: str = "filepath",
+    caption_key: str = "title",
+    separator: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> PairSource:
+    """Open image-text pairs; what they are read by follows from what the path is.
+
+    - ``.csv``, ``.tsv``, ``.jsonl``: a row a pair, paths of pictures relative to the table (or the working folder).
+    - a folder: pictures with a ``.txt`` of the same name beside them, or in one folder a class; or a folder of tars.
+    - ``.tar``, ``.tar.gz``: WebDataset shards, ``KEY.jpg`` (or png, webp) with ``KEY.txt`` and, or, ``KEY.json``.
+
+    Only local files are read. Remote and piped shards, which have no order that could be resumed, are refused.
+
+    Args:
+        spec: a path, several, or one with braces for shards: ``data/{000..010}.tar``, ``{train,val}.csv``; ``::``
+            joins paths, as in open_clip.
+        img_key: column of the picture's path, in tables; ``image`` is understood too.
+        caption_key: column of the text, in tables; ``text`` is understood too.
+        separator: between the columns of a CSV file; by default a comma or a tab, as its header shows.
+        max_pixels: pictures larger than this are unreadable.
+
+    Raises:
+        FileNotFoundError: a path does not exist; the message names the nearest one that does.
+        ValueError: a file holds no pair, has no such column, or is of no known kind.
+
+    >>> open_pairs("captions.tsv", img_key="path", caption_key="caption")
+    """
+    from florence_fast.data.shards import TarPairs, expand_braces, is_tar
+    from florence_fast.data.tables import TablePairs, is_table
+
+    specs = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
+    paths = [Path(path) for item in specs for joined in str(item).split("::") for path in expand_braces(joined)]
+    if not paths:
+        raise ValueError("spec must name at least one file or folder of image-text pairs, got none")
+    _check_local_and_present(specs, paths)
+    if all(is_tar(path) for path in paths):
+        return TarPairs(paths, max_pixels=max_pixels)
+    sources: list[PairSource] = []
+    for path in paths:
+        if path.is_dir():
+            sources.append(_open_folder(path, max_pixels))
+        elif is_tar(path):
+            sources.append(TarPairs([path], max_pixels=max_pixels))
+        elif is_table(path):
+            sources.append(TablePairs.read(path, img_key, caption_key, separator, max_pixels))
+        else:
+            raise ValueError(f"cannot tell how to read {path}: wanted a folder, .csv, .tsv, .jsonl, .tar or .tar.gz")
+    return sources[0] if len(sources) == 1 else Concat(sources)
+
+
+def _open_folder(folder: Path, max_pixels: int) -> PairSource:
+    from florence_fast.data.folders import FolderPairs
+    from florence_fast.data.shards import TarPairs, is_tar
+
+    tars = sorted(path for path in folder.iterdir() if is_tar(path) and not path.name.startswith("."))
+    return TarPairs(tars, max_pixels=max_pixels) if tars else FolderPairs(folder, max_pixels=max_pixels)
+
+
+def _check_local_and_present(specs: Sequence[object], paths: Sequence[Path]) -> None:
+    for spec in specs:
+        for part in str(spec).split("::"):
+            if part.startswith(REMOTE):
+                raise ValueError(
+                    f"only local files are read, got {part!r}: remote and piped shards cannot be resumed in order; "
+                    "copy them to a local folder first"
+                )
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        first = missing[0]
+        beside = [path.name for path in first.parent.iterdir()] if first.parent.is_dir() else []
+        near = difflib.get_close_matches(first.name, beside, n=1)
+        hint = f" (did you mean {str(first.parent / near[0])!r}?)" if near else ""
+        more = f", nor do {len(missing) - 1} more of {len(paths)}" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{first} does not exist{more}{hint}")

@@ -1,0 +1,179 @@
+"""From a PIL image to what a model reads: open_clip's transforms on Pillow and torch alone.
+
+Letters: C channels (3) · H W height and width of the result.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from florence_fast.data.pictures import to_rgb
+from florence_fast.errors import unknown
+
+# Of CLIP's training data, and open_clip's default.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESIZE_MODES = ("shortest", "longest", "squash")
+CROP_SCALE = (0.9, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """An RGB image as uint8 (3, H, W), contiguous."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def squash(image: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC) -> Image.Image:
+    """Resize to (H, W) whatever the proportions; an image of that size is returned as it is."""
+    height, width = size
+    return image if image.size == (width, height) else image.resize((width, height), resample)
+
+
+def fit_shortest(image: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC) -> Image.Image:
+    """Resize so that (H, W) is just covered, and cut out the middle."""
+    height, width = size
+    if image.width * height <= image.height * width:
+        scaled = width, int(width * image.height / image.width)
+    else:
+        scaled = int(height * image.width / image.height), height
+    image = image if image.size == scaled else image.resize(scaled, resample)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def fit_longest(
+    image: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC, fill: int = 0
+) -> Image.Image:
+    """Resize so that the whole image just fits into (H, W), in the middle of a canvas of one grey."""
+    height, width = size
+    scale = min(height / image.height, width / image.width)
+    scaled = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    canvas = Image.new("RGB", (width, height), (fill, fill, fill))
+    canvas.paste(image.resize(scaled, resample), ((width - scaled[0]) // 2, (height - scaled[1]) // 2))
+    return canvas
+
+
+def random_crop_box(
+    width: int,
+    height: int,
+    draws: Sequence[float],
+    scale: tuple[float, float] = CROP_SCALE,
+    ratio: tuple[float, float] = CROP_RATIO,
+) -> tuple[int, int, int, int]:
+    """Choose a part of an image: its share of the area, its proportions and its place, from four given draws.
+
+    Proportions that do not fit at the drawn area are changed to the nearest that do; torchvision draws again.
+
+    Args:
+        width, height: of the image, in pixels.
+        draws: four numbers in [0, 1): area, proportions (log-uniform), and place across and down.
+        scale: smallest and largest share of the area.
+        ratio: smallest and largest width over height.
+
+    Returns:
+        (left, top, right, bottom) inside the image, at least one pixel.
+    """
+    area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[0])
+    aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * draws[1])
+    aspect = min(max(aspect, area / height**2), width**2 / area)
+    w = min(max(round(math.sqrt(area * aspect)), 1), width)
+    h = min(max(round(math.sqrt(area / aspect)), 1), height)
+    left, top = int((width - w + 1) * draws[2]), int((height - h + 1) * draws[3])
+    return left, top, left + w, top + h
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """A picture in, a normalised float tensor (3, H, W) out; see `image_transform`."""
+
+    size: tuple[int, int]
+    is_train: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
+    fill_color: int = 0
+    scale: tuple[float, float] = CROP_SCALE
+    ratio: tuple[float, float] = CROP_RATIO
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Transform one image of any mode; random crops draw from torch's generator."""
+        image, resample = to_rgb(image), INTERPOLATIONS[self.interpolation]
+        if self.is_train:
+            box = random_crop_box(image.width, image.height, torch.rand(4).tolist(), self.scale, self.ratio)
+            image = image.resize(self.size[::-1], resample, box=box)
+        elif self.resize_mode == "squash":
+            image = squash(image, self.size, resample)
+        elif self.resize_mode == "longest":
+            image = fit_longest(image, self.size, resample, self.fill_color)
+        else:
+            image = fit_shortest(image, self.size, resample)
+        x_CHW = torch.from_numpy(to_array(image)).float().div_(255)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (x_CHW - mean) / std
+
+
+def image_transform(
+    image_size: int | Sequence[int],
+    is_train: bool,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    resize_mode: str | None = None,
+    interpolation: str | None = None,
+    fill_color: int = 0,
+    aug_cfg: Mapping[str, Sequence[float]] | None = None,
+) -> ImageTransform:
+    """Build the transform of a model, with open_clip's arguments and values.
+
+    Args:
+        image_size: side of the result, or (height, width), in pixels.
+        is_train: a random crop in place of the whole picture.
+        mean, std: per channel, in [0, 1]; CLIP's by default.
+        resize_mode: for evaluation: "shortest" (cut the middle out), "longest" (show all of it), "squash".
+        interpolation: "bicubic" or "bilinear".
+        fill_color: grey level 0..255 around a picture with "longest".
+        aug_cfg: of the random crop: ``scale`` (shares of the area) and ``ratio`` (width over height).
+
+    Returns:
+        A callable: PIL image of any mode -> float tensor (3, H, W).
+
+    Raises:
+        ValueError: a size, a word or a key of ``aug_cfg`` is not one of those above.
+
+    >>> image_transform(224, is_train=False)(Image.new("RGB", (640, 480))).shape
+    torch.Size([3, 224, 224])
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"image_size must be a positive int or (height, width), got {image_size!r}")
+    for kind, word, known in (
+        ("resize_mode", resize_mode, RESIZE_MODES),
+        ("interpolation", interpolation, INTERPOLATIONS),
+        *(("key of aug_cfg", key, ("scale", "ratio")) for key in aug_cfg or {}),
+    ):
+        if word is not None and word not in known:
+            raise unknown(kind, word, known)
+    return ImageTransform(
+        size=size,
+        is_train=is_train,
+        mean=_per_channel("mean", OPENAI_MEAN if mean is None else mean),
+        std=_per_channel("std", OPENAI_STD if std is None else std),
+        resize_mode=resize_mode or "shortest",
+        interpolation=interpolation or "bicubic",
+        fill_color=fill_color,
+        **{key: tuple(values) for key, values in (aug_cfg or {}).items()},
+    )
+
+
+def _per_channel(name: str, values: float | Sequence[float]) -> tuple[float, ...]:
+    """Three numbers, from one or three."""
+    values = (float(values),) * 3 if isinstance(values, int | float) else tuple(float(value) for value in values)
+    if len(values) != 3:
+        raise ValueError(f"{name} must be one number or three, got {len(values)}")
+    return values
