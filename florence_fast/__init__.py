@@ -18,6 +18,7 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "__init__.py
 
 _SUBMODULES = ("data", "evaluate", "models", "ops", "train")
 _HOMES = {
+    "add_model_config": "models",
     "create_model": "models",
     "create_model_and_transforms": "models",
     "create_model_from_pretrained": "models",

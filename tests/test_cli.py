@@ -10,6 +10,7 @@ from PIL import Image
 
 from florence_fast import __version__
 from florence_fast.cli import main
+from florence_fast.data.loader import BadDataError
 
 COMMANDS = ("demo", "train", "evaluate", "predict", "search", "info")
 TINY = ["--pretrained", "none", "--device", "cpu"]
@@ -119,17 +120,17 @@ def test_predict_ranks_its_texts(capsys, pictures, tmp_path):
     assert sum(answer["probability"] for answer in answers) == pytest.approx(1)
 
 
-def test_search_writes_a_list_and_a_page_that_needs_nothing_else(capsys, pictures, tmp_path):
+def test_search_writes_a_list_and_a_page_that_needs_nothing_else(capsys, caplog, pictures, tmp_path):
     out = tmp_path / "found"
-    query = 'red <b>"fruit"</b>'
+    query = '[bold] <b>"fruit"</b>'
     assert main(["search", "--images", str(pictures), "--query", query, "--out", str(out), "--top", "3", *TINY]) == 0
     hits = json.loads((out / "results.json").read_text())["hits"]
     assert len(hits) == 3 and [hit["score"] for hit in hits] == sorted((h["score"] for h in hits), reverse=True)
     assert {Path(hit["path"]).name for hit in hits} <= {"red.png", "blue.png", "apple.png", "lemon.png"}
     page = (out / "contact_sheet.html").read_text()
     assert page.count("data:image/webp;base64,") == 3 and 'src="http' not in page
-    assert "<b>" not in page and "red &lt;b&gt;" in page
-    assert "broken.png" in capsys.readouterr().err
+    assert "<b>" not in page and "[bold] &lt;b&gt;" in page
+    assert query in capsys.readouterr().out and "broken.png" in caplog.text
 
 
 def test_train_writes_a_run_and_continues_it(pairs, tmp_path, capsys):
@@ -210,8 +211,12 @@ def test_every_variable_that_the_source_reads_is_in_the_table_and_the_reverse():
 
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
-    [(KeyboardInterrupt(), 130, "interrupted"), (OSError(28, "No space left"), 1, "No space left")],
-    ids=["ctrl-c", "disk-full"],
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left"), 1, "No space left"),
+        (BadDataError("3 of 4"), 1, "failed: 3 of 4"),
+    ],
+    ids=["ctrl-c", "disk-full", "ours"],
 )
 def test_interruption_and_failure_have_their_own_exit_codes(raised, code, said, monkeypatch, capsys):
     def fail():

@@ -1,7 +1,8 @@
 """The command line ``florence-fast``: thin commands over the Python surface.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage (one line says what is wrong), 130 interrupted. Modules that need
-torch are imported by the commands that use them, so ``--help`` answers at once.
+Exit codes: 0 done, 1 failed, 2 wrong usage (one line says what is wrong), 130 interrupted. A failure of a kind that
+we foresaw is one line too; any other keeps its traceback, which a bug report needs. Modules that need torch are
+imported by the commands that use them, so ``--help`` answers at once.
 """
 
 import sys
@@ -52,10 +53,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _complain(f"failed: {error}", 1)
     except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise
-        return _complain(_usage_line(error), error.exit_code)
-    return code if isinstance(code, int) else 0
+        if hasattr(error, "format_message"):
+            return _complain(_usage_line(error), error.exit_code)
+        if type(error).__module__.startswith("florence_fast."):
+            return _complain(f"failed: {error}", 1)
+        raise
+    # The parser turns Ctrl-C into this code itself, without a word.
+    return _complain("interrupted", 130) if code == 130 else code or 0
 
 
 def _usage_line(error: Any) -> str:

@@ -24,7 +24,7 @@ def command(
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, highlight=False)
     for title, rows in facts.items():
         table = Table(*rows[0], title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
         for row in rows:

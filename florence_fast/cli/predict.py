@@ -23,10 +23,10 @@ def command(
     device: Device = None,
 ) -> None:
     """Say which of several texts describes a picture."""
-    with refusals_as_wrong_usage():
-        from florence_fast.data.pictures import open_picture
-        from florence_fast.evaluate import probabilities
+    from florence_fast.data.pictures import open_picture
+    from florence_fast.evaluate import probabilities
 
+    with refusals_as_wrong_usage():
         picture = open_picture(image)
     net, tokenizer = load(model, pretrained, device)
     # The parser gives --texts one value only; those that follow it arrive as arguments.
@@ -39,7 +39,7 @@ def command(
     table = Table("text", "probability", title=str(image), title_justify="left")
     for text, probability in ranked:
         table.add_row(text, f"{probability:.1%}")
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)
     if out is not None:
         answers = [{"text": text, "probability": probability} for text, probability in ranked]
         write_json(out, {"image": str(image), "model": model, "pretrained": pretrained, "answers": answers})

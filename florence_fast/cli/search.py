@@ -28,21 +28,20 @@ def command(
 
     The ranked list goes to the screen and to results.json, the pictures themselves to one page, contact_sheet.html.
     """
-    with refusals_as_wrong_usage():
-        from florence_fast.evaluate import PictureFolder, index_pictures
-        from florence_fast.evaluate.contact_sheet import contact_sheet
-        from florence_fast.evaluate.search import search as rank
+    from florence_fast.evaluate import PictureFolder, index_pictures
+    from florence_fast.evaluate import search as rank
+    from florence_fast.evaluate.contact_sheet import contact_sheet
 
+    with refusals_as_wrong_usage():
         pictures = PictureFolder(images)
     net, tokenizer = load(model, pretrained, device)
-    with refusals_as_wrong_usage():
-        index = index_pictures(net, pictures, batch_size=batch_size, precision=precision, progress=True)
+    index = index_pictures(net, pictures, batch_size=batch_size, precision=precision, progress=True)
     hits = rank(net, tokenizer, index, query, top)
 
     table = Table("", "picture", "cosine", title=query, title_justify="left")
     for number, hit in enumerate(hits, start=1):
         table.add_row(str(number), str(hit.path.relative_to(images)), f"{hit.score:.3f}")
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)
     found = [{"path": str(hit.path), "score": hit.score} for hit in hits]
     write_json(out / "results.json", {"query": query, "model": model, "pretrained": pretrained, "hits": found})
     sheet = write_text(out / "contact_sheet.html", contact_sheet(query, hits, images))

@@ -70,13 +70,13 @@ def command(
 
     Under torchrun it trains on several processes. Checkpoints, results.jsonl and the log lie in --logs/--name.
     """
+    import torch
+
+    from florence_fast.data import BatchAugment, open_pairs
+    from florence_fast.models import get_model_config
+    from florence_fast.train import TrainConfig, Trainer, init_distributed, world_size
+
     with refusals_as_wrong_usage():
-        import torch
-
-        from florence_fast.data import BatchAugment, open_pairs
-        from florence_fast.models import get_model_config
-        from florence_fast.train import TrainConfig, Trainer, init_distributed, world_size
-
         image_size = force_image_size or get_model_config(model).image.img_size
         folder = _run_folder(logs, name, model, resume)
         device = pick_device(device) if device else str(init_distributed())

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from florence_fast.data.loader import BadDataError
 from florence_fast.data.pairs import PairSource, Subset
 from florence_fast.data.transforms import image_transform
 from florence_fast.errors import unknown
@@ -65,7 +66,8 @@ def encode_images(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: There is no picture, or more than ``max_bad_share`` of them cannot be read.
+        ValueError: There is no picture.
+        BadDataError: More than ``max_bad_share`` of the pictures cannot be read, or none can.
     """
     if len(pictures) == 0:
         raise ValueError("there must be at least one picture to encode, got an empty source")
@@ -79,7 +81,7 @@ def encode_images(
             images_BCHW = torch.stack([image for _, image in batch]).to(_first_parameter(model))
             features.append(_normalized(model.encode_image(images_BCHW)))
     if not features:
-        raise ValueError(f"none of {len(pictures)} pictures can be read; first: {pictures.describe(0)}")
+        raise BadDataError(f"none of {len(pictures)} pictures can be read; first: {pictures.describe(0)}")
     return EncodedImages(torch.cat(features), indices)
 
 
@@ -114,7 +116,7 @@ def with_texts(source: PairSource, max_bad_share: float = 0.01) -> tuple[PairSou
     """Return the pairs of ``source`` whose text can be read, and these texts; the others are named in the log.
 
     Raises:
-        ValueError: More than ``max_bad_share`` of the texts cannot be read.
+        BadDataError: More than ``max_bad_share`` of the texts cannot be read.
     """
     kept = list(_readable(source, lambda index: source.texts(index).text, max_bad_share))
     return Subset(source, [index for index, _ in kept]), [text for _, text in kept]
@@ -156,7 +158,7 @@ def _readable(source: Pictures, read: Callable[[int], Item], max_bad_share: floa
             broken.append(source.describe(index))
             log.warning("skipped %s: %s", broken[-1], error)
             if len(broken) > max_bad_share * len(source):
-                raise ValueError(
+                raise BadDataError(
                     f"{len(broken)} of {len(source)} pairs cannot be read, more than the allowed share "
                     f"{max_bad_share:g}; first: {', '.join(broken[:3])}"
                 ) from error

@@ -52,7 +52,8 @@ def retrieval(
         ``{"image_to_text": {"r1", "r5", "r10"}, "text_to_image": {...}, "images": n, "texts": m}``.
 
     Raises:
-        ValueError: The source is empty or too many pictures cannot be read.
+        ValueError: The source is empty.
+        BadDataError: More than a hundredth of the pictures or texts cannot be read.
     """
     source, texts = with_texts(source)
     same_pixels = _PixelIdentity(transform or evaluation_transform(model))

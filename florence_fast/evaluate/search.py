@@ -82,7 +82,8 @@ def index_pictures(
     """Encode every readable picture of a folder; the others are named in the log.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: As ``PictureFolder``, or no picture can be read.
+        FileNotFoundError, NotADirectoryError, ValueError: As ``PictureFolder``.
+        BadDataError: No picture can be read.
 
     >>> index = index_pictures(model, "holiday")
     >>> search(model, tokenizer, index, "a dog on a beach")[0].path

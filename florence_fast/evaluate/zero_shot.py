@@ -93,7 +93,8 @@ def zero_shot(
         ``{"top1", "top5", "top10"}`` as fractions, ``"classes"`` and ``"images"`` as counts.
 
     Raises:
-        ValueError: Two class names are equal, a picture's name is no class, or pictures cannot be read.
+        ValueError: Two class names are equal, or a picture's name is no class.
+        BadDataError: More than a hundredth of the pictures or texts cannot be read.
     """
     source, names = with_texts(source)
     targets = class_indices(names, classnames)

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from florence_fast.data.loader import BadDataError
 from florence_fast.evaluate import encode_images, encode_texts
 from tests.evaluate.stand_ins import ColourModel, ColourPictures, tokenizer, transform
 
@@ -42,9 +43,9 @@ def test_a_broken_picture_is_named_and_left_out(caplog):
 
 def test_too_many_broken_pictures_stop_the_call():
     source = ColourPictures(["red", None, None, "green"])
-    with pytest.raises(ValueError, match=r"2 of 4 pairs cannot be read.*0\.3; first: picture 1, picture 2"):
+    with pytest.raises(BadDataError, match=r"2 of 4 pairs cannot be read.*0\.3; first: picture 1, picture 2"):
         encode_images(ColourModel(), source, transform, max_bad_share=0.3)
-    with pytest.raises(ValueError, match=r"none of 1 pictures can be read; first: picture 0"):
+    with pytest.raises(BadDataError, match=r"none of 1 pictures can be read; first: picture 0"):
         encode_images(ColourModel(), ColourPictures([None]), transform, max_bad_share=1.0)
 
 
