@@ -1,0 +1,256 @@
+"""``ops.contrastive_loss`` against its definition, the paper's sums written out, and PyTorch's cross-entropy.
+
+Letters: B pairs · R rows · N columns · D embedding dim
+"""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from florence_fast.ops import _backend
+from florence_fast.ops.contrastive_loss import (
+    contrastive_loss,
+    contrastive_loss_reference,
+    contrastive_statistics,
+    contrastive_statistics_reference,
+)
+
+F64 = torch.float64
+
+# id: (B, D, distinct labels or None for CLIP, chunk_size)
+SHAPES = {
+    "clip": (12, 5, None, None),
+    "clip-ragged-chunks": (13, 5, None, 4),
+    "unicl": (12, 5, 4, None),
+    "unicl-ragged-chunks": (13, 5, 4, 5),
+    "chunk-of-one": (5, 3, 2, 1),
+    "all-one-label": (6, 4, 1, 4),
+    "one-pair": (1, 4, None, None),
+    "chunk-longer-than-batch": (7, 8, 3, 100),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def inputs(shape: tuple, dtype: torch.dtype = F64, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return features, scale and labels; hashes are as far apart as int64 allows."""
+    batch, dim, distinct, _ = shape
+    u, v = F.normalize(torch.randn(2, batch, dim, dtype=F64), dim=-1).to(device, dtype)
+    labels = None if distinct is None else (torch.randint(distinct, (batch,)) * 2**62 - 2**62).to(device)
+    return u, v, torch.tensor(9.0, dtype=torch.promote_types(dtype, torch.float32), device=device), labels
+
+
+def with_gradients(function, u: Tensor, v: Tensor, scale: Tensor, labels: Tensor | None, **options) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in (u, v, scale)]
+    loss = function(*leaves, labels, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@shapes
+@pytest.mark.parametrize("reduction", ["mean_directions", "sum_directions"])
+def test_value_and_gradients_are_those_of_the_definition(shape, reduction, device):
+    arguments = inputs(shape, device=device)
+    got = with_gradients(contrastive_loss, *arguments, chunk_size=shape[-1], reduction=reduction)
+    wanted = with_gradients(contrastive_loss_reference, *arguments, reduction=reduction)
+    for name, x, y in zip(("loss", "du", "dv", "dscale"), got, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_is_as_near_as_the_eager_definition(dtype, device):
+    u, v, scale, labels = inputs((64, 16, 20, 24), dtype, device)
+    exact = with_gradients(contrastive_loss_reference, u.double(), v.double(), scale.double(), labels)
+    eager = with_gradients(contrastive_loss_reference, u, v, scale, labels)
+    got = with_gradients(contrastive_loss, u, v, scale, labels, chunk_size=24)
+    assert got[0].dtype == got[3].dtype == torch.float32 and got[1].dtype == got[2].dtype == dtype
+    for name, x, y, z in zip(("loss", "du", "dv", "dscale"), got, eager, exact, strict=True):
+        error, allowed = ((t.double() - z).norm() / z.norm() for t in (x, y))
+        assert error <= 2 * allowed + 1e-6, f"{name} in {dtype}: error {error:.2e}, eager's {allowed:.2e}"
+
+
+def test_definition_is_the_papers_sum_over_positives():
+    u, v, scale, labels = inputs((9, 4, 3, None))
+    logits = [[float(scale * (a @ b)) for b in v] for a in u]
+    transposed = list(zip(*logits, strict=True))
+    labels = labels.tolist()
+
+    def direction(rows) -> float:
+        total = 0.0
+        for i, row in enumerate(rows):
+            positives = [k for k, label in enumerate(labels) if label == labels[i]]
+            below = math.log(sum(math.exp(x) for x in row))
+            total -= sum(row[k] - below for k in positives) / len(positives)
+        return total / len(rows)
+
+    wanted = direction(logits) + direction(transposed)
+    got = contrastive_loss_reference(u, v, scale, torch.tensor(labels), reduction="sum_directions")
+    assert float(got) == pytest.approx(wanted, rel=1e-13)
+
+
+def test_without_labels_it_is_the_cross_entropy_of_open_clip():
+    u, v, scale, _ = inputs((11, 6, None, None))
+    logits, own = scale * u @ v.T, torch.arange(11)
+    wanted = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(contrastive_loss(u, v, scale, chunk_size=4), wanted, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], ids=str)
+def test_each_subset_of_gradients_is_that_of_all(needs):
+    u, v, scale, labels = inputs((7, 4, 3, 3))
+    everything = with_gradients(contrastive_loss, u, v, scale, labels, chunk_size=3)[1:]
+    leaves = [x.clone().requires_grad_(bool(need)) for x, need in zip((u, v, scale), needs, strict=True)]
+    contrastive_loss(*leaves, labels, chunk_size=3).backward()
+    for leaf, need, wanted in zip(leaves, needs, everything, strict=True):
+        assert leaf.grad is None if not need else torch.equal(leaf.grad, wanted)
+
+
+@pytest.mark.parametrize("function", [contrastive_loss, contrastive_loss_reference], ids=lambda f: f.__name__)
+def test_gradcheck(function):
+    u, v, scale, labels = inputs((5, 3, 2, 2))
+    leaves = [x.requires_grad_() for x in (u, v, scale)]
+    loss = functools.partial(function, labels=labels, chunk_size=2)
+    # An undefined gradient cannot reach the op: all of its output enters the loss.
+    assert torch.autograd.gradcheck(loss, leaves, check_undefined_grad=False)
+
+
+def test_statistics_of_some_rows_against_all_columns():
+    u, v, scale, labels = inputs((9, 4, 3, None))
+    results = []
+    for function, options in ((contrastive_statistics, {"chunk_size": 2}), (contrastive_statistics_reference, {})):
+        leaves = [x.detach().clone().requires_grad_() for x in (u[:4], v, scale)]
+        statistics = function(*leaves, labels[:4], labels, **options)
+        weights = [torch.linspace(-1, 2, len(x), dtype=F64) for x in statistics]
+        total = sum((w * x).sum() for w, x in zip(weights, statistics, strict=True))
+        results.append([*statistics, *torch.autograd.grad(total, leaves)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+def test_no_rows_add_nothing_to_the_columns():
+    u, v, scale, labels = inputs((6, 4, 3, None))
+    u, v = u[:0].requires_grad_(), v.requires_grad_()
+    row_lse, col_lse, positive = contrastive_statistics(u, v, scale, labels[:0], labels)
+    assert len(row_lse) == len(positive) == 0 and (col_lse == -torch.inf).all()
+    du, dv = torch.autograd.grad(col_lse.exp().sum(), (u, v))
+    assert du.shape == (0, 4) and torch.equal(dv, torch.zeros(6, 4, dtype=F64))
+
+
+def test_large_scales_neither_overflow_nor_lose_the_far_rows():
+    u, v, _, _ = inputs((8, 4, None, None), torch.float32)
+    u[0], v[0] = torch.eye(4)[0], -torch.eye(4)[0]
+    scale = torch.tensor(2000.0)
+    exact = with_gradients(contrastive_loss_reference, u.double(), v.double(), scale.double(), None)
+    got = with_gradients(contrastive_loss, u, v, scale, None, chunk_size=3)
+    for x, y in zip(got, exact, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-2)
+
+
+def test_no_tensor_is_larger_than_the_features_or_a_tile():
+    batch, dim, chunk = 128, 2, 16
+    u, v, scale, labels = inputs((batch, dim, 40, None), torch.float32)
+    leaves = [x.requires_grad_() for x in (u, v, scale)]
+
+    def largest_allocation(chunk_size: int) -> int:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            contrastive_loss(*leaves, labels, chunk_size=chunk_size).backward()
+        events = profile.profiler.kineto_results.events()
+        return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+    assert largest_allocation(batch) >= 4 * batch * batch, "the profiler no longer sees what the op allocates"
+    # Sorting the labels holds a few rows of B int64; a tile of float32 is 1 KiB here and the full matrix 64 KiB.
+    assert largest_allocation(chunk) <= max(4 * chunk * chunk, 4 * batch * dim, 4 * 3 * batch, 2 * 8 * batch)
+
+
+def test_scale_may_be_a_number_or_hold_one_value():
+    u, v, scale, labels = inputs((6, 4, 3, None))
+    wanted = contrastive_loss(u, v, scale, labels)
+    assert contrastive_loss(u, v, 9.0, labels) == contrastive_loss(u, v, scale.reshape(1), labels) == wanted
+
+
+def test_features_need_not_be_contiguous():
+    u, v, scale, labels = inputs((6, 4, 3, None))
+    strided = with_gradients(contrastive_loss, u.T.contiguous().T, torch.stack([v, v], 1)[:, 0], scale, labels)
+    for x, y in zip(strided, with_gradients(contrastive_loss, u, v, scale, labels), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
+
+
+def test_autocast_changes_nothing():
+    arguments = inputs((16, 8, 5, 6), torch.float32)
+    wanted = with_gradients(contrastive_loss, *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = with_gradients(contrastive_loss, *arguments)
+        defined = contrastive_loss_reference(*arguments)
+    assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
+    torch.testing.assert_close(defined, wanted[0], rtol=1e-6, atol=0)
+
+
+def test_two_runs_are_equal_to_the_bit(device):
+    arguments = inputs((40, 8, 11, 16), torch.float32, device)
+    first, second = (with_gradients(contrastive_loss, *arguments, chunk_size=16) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_opcheck(device):
+    u, v, scale, labels = inputs((6, 4, 3, None), torch.float32, device)
+    tensors = [x.requires_grad_() for x in (u, v, scale)]
+    torch.library.opcheck(torch.ops.florence_fast.contrastive_loss.default, (*tensors, labels, labels, 4, "torch"))
+
+
+@pytest.mark.parametrize("distinct", [None, 3], ids=["clip", "unicl"])
+def test_compiles_into_one_graph(distinct):
+    arguments = inputs((6, 4, distinct, None))
+    compiled = torch.compile(contrastive_loss, fullgraph=True, backend="aot_eager")
+    wanted = with_gradients(contrastive_loss, *arguments, chunk_size=4)
+    for x, y in zip(with_gradients(compiled, *arguments, chunk_size=4), wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
+
+
+def test_reference_backend_can_be_differentiated_twice():
+    u, v, scale, labels = inputs((5, 3, 2, None))
+    leaves = [x.requires_grad_() for x in (u, v, scale)]
+    with _backend.backend("reference"):
+        assert torch.autograd.gradgradcheck(lambda *x: contrastive_loss(*x, labels), leaves)
+
+
+def test_a_backend_without_a_kernel_is_refused():
+    with _backend.backend("cpp"), pytest.raises(RuntimeError, match="no native kernel for contrastive_loss"):
+        contrastive_loss(*inputs((4, 3, None, None)))
+
+
+def test_the_table_of_ops_can_call_it(device):
+    args, kwargs = _backend.OPS["contrastive_loss"].example(device)
+    entry = _backend.OPS["contrastive_loss"]
+    torch.testing.assert_close(entry.function(*args, **kwargs), entry.reference(*args, **kwargs))
+
+
+U = torch.eye(4)
+Y = torch.arange(4)
+BAD = {
+    "no-tensor": ((None, U, 1.0), {}, TypeError, "image_features must be a floating-point tensor, got NoneType"),
+    "integers": ((U, U.long(), 1.0), {}, TypeError, "text_features must be a floating-point tensor, got torch.int64"),
+    "three-axes": (
+        (U[None], U[None], 1.0),
+        {},
+        ValueError,
+        r"image_features must have shape \(B, D\), got \(1, 4, 4\)",
+    ),
+    "empty": ((U[:0], U[:0], 1.0), {}, ValueError, "image_features must hold at least one pair, got an empty batch"),
+    "unequal": ((U, U[:3], 1.0), {}, ValueError, "text_features must have the shape of image_features"),
+    "dtypes": ((U, U.double(), 1.0), {}, ValueError, "text_features must have the dtype of image_features"),
+    "two-scales": ((U, U, torch.ones(2)), {}, ValueError, r"logit_scale must be one .* value on cpu, got shape \(2,\)"),
+    "integer-scale": ((U, U, torch.tensor(1)), {}, ValueError, "logit_scale must be one floating-point value"),
+    "labels-dtype": ((U, U, 1.0, Y.int()), {}, TypeError, "labels must be an int64 tensor, got torch.int32"),
+    "labels-list": ((U, U, 1.0, [1, 2, 3, 4]), {}, TypeError, "labels must be an int64 tensor, got list"),
+    "labels-shape": ((U, U, 1.0, Y[:3]), {}, ValueError, r"labels must have shape \(4,\) on cpu, got \(3,\)"),
+    "reduction": ((U, U, 1.0), {"reduction": "mean_direction"}, ValueError, "did you mean 'mean_directions'"),
+    "chunk": ((U, U, 1.0), {"chunk_size": 0}, ValueError, "chunk_size must be a positive int, got 0"),
+}
+
+
+@pytest.mark.parametrize("args, kwargs, error, message", BAD.values(), ids=BAD)
+def test_bad_input_is_named(args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        contrastive_loss(*args, **kwargs)
