@@ -1,0 +1,192 @@
+"""Processes: joining a group started by torchrun, and collectives through which a joint loss is differentiated.
+
+The rule of every differentiable collective here: all ranks compute the same objective, the loss of the whole
+joined batch, and each rank's gradient is the derivative of that one number with respect to the rank's own tensor.
+Ranks may bring different numbers of rows, none included.
+
+Letters: W number of processes (ranks) · b rows of this rank · B rows of all ranks together
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def init_distributed(backend: str | None = None, *, timeout_seconds: float = 600.0) -> torch.device:
+    """Join the process group that torchrun describes in the environment, and return this rank's device.
+
+    Args:
+        backend: "nccl" or "gloo"; by default nccl where there is a CUDA device for this rank, gloo elsewhere.
+        timeout_seconds: a collective that waits longer for another rank fails, so that a lost rank ends the run.
+
+    Returns:
+        ``cuda:LOCAL_RANK``, already made current, or ``cpu``. Outside torchrun nothing is joined.
+
+    Raises:
+        ValueError: some of torchrun's variables are set and others are not, or the timeout is not positive.
+
+    >>> device = init_distributed()   # under `torchrun --nproc_per_node 2 train.py`, or alone
+    """
+    if timeout_seconds <= 0:
+        raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
+    missing = [name for name in TORCHRUN_VARIABLES if name not in os.environ]
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    has_device = torch.cuda.is_available() and local_rank < torch.cuda.device_count()
+    device = torch.device("cuda", local_rank) if has_device and backend != "gloo" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return device
+    if missing:
+        raise ValueError(f"torchrun sets {', '.join(TORCHRUN_VARIABLES)} together; missing here: {', '.join(missing)}")
+    dist.init_process_group(
+        backend or ("nccl" if device.type == "cuda" else "gloo"), timeout=timedelta(seconds=timeout_seconds)
+    )
+    return device
+
+
+def is_distributed() -> bool:
+    """Return whether this process belongs to a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """Return the rank of this process in ``group``, 0 when it runs alone."""
+    return dist.get_rank(group) if is_distributed() else 0
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Return how many processes ``group`` holds, 1 when this one runs alone."""
+    return dist.get_world_size(group) if is_distributed() else 1
+
+
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Wait until every rank of ``group`` is here, at most the group's timeout; nothing when running alone."""
+    if is_distributed():
+        dist.barrier(group)
+
+
+def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
+    """Join the rows of all ranks in the order of the ranks, without a gradient.
+
+    Args:
+        rows: (b, ...), the same trailing shape and dtype on every rank.
+        counts: the b of every rank, as ``gather_counts`` returns them.
+
+    Returns:
+        (B, ...), equal on every rank.
+    """
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    received = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(received, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(received, counts, strict=True)])
+
+
+def gather_counts(rows: Tensor, group: dist.ProcessGroup | None = None) -> list[int]:
+    """Return how many rows every rank holds, in the order of the ranks."""
+    count = torch.tensor([len(rows)], device=rows.device)
+    received = [torch.empty_like(count) for _ in range(world_size(group))]
+    dist.all_gather(received, count, group=group)
+    return torch.cat(received).tolist()
+
+
+def gather_features(rows: Tensor, group: dist.ProcessGroup | None = None, counts: list[int] | None = None) -> Tensor:
+    """Join the features of all ranks in the order of the ranks, with the exact gradient.
+
+    A rank's features are used by every rank, so their gradient is the sum of what all ranks send back: one
+    reduce-scatter in the backward pass. A gather that keeps only the own slice's gradient loses the other terms.
+
+    Args:
+        rows: (b, D), b may differ between ranks, D and the dtype may not.
+        counts: the b of every rank, when the caller knows them already.
+
+    Returns:
+        (B, D), equal on every rank; ``rows`` itself when the process runs alone.
+
+    >>> everyone = gather_features(torch.randn(4, 8))
+    """
+    if world_size(group) == 1:
+        return rows
+    return _GatherRows.apply(rows, gather_counts(rows, group) if counts is None else counts, group)
+
+
+def sum_over_ranks(partial: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum of every rank's ``partial``; the gradient passes through unchanged, as each rank owns one term."""
+    return partial if world_size(group) == 1 else _SumOverRanks.apply(partial, group)
+
+
+def logsumexp_over_ranks(partial: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return log sum_r exp(partial_r) over the ranks r; a rank's gradient is weighted by its share of the sum.
+
+    Args:
+        partial: any shape, equal on every rank; -inf where a rank has nothing to add.
+    """
+    return partial if world_size(group) == 1 else _LogSumExpOverRanks.apply(partial, group)
+
+
+def scale_gradient(loss: Tensor, factor: float) -> Tensor:
+    """Return ``loss`` unchanged, with its gradient multiplied by ``factor``."""
+    return loss if factor == 1 else _ScaleGradient.apply(loss, factor)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        return all_gather_rows(rows, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, dgathered: Tensor) -> tuple[Tensor, None, None]:
+        parts = dgathered.new_zeros(len(ctx.counts), max(ctx.counts), *dgathered.shape[1:])
+        for part, rows in zip(parts, dgathered.split(ctx.counts), strict=True):
+            part[: len(rows)] = rows
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, list(parts), group=ctx.group)
+        return own[: ctx.counts[rank(ctx.group)]], None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        total = partial.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
+        return dtotal, None
+
+
+class _LogSumExpOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        largest = partial.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        total = (partial - largest).exp_()
+        dist.all_reduce(total, group=group)
+        total.log_().add_(largest)
+        ctx.save_for_backward(partial, total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
+        partial, total = ctx.saved_tensors
+        return dtotal * (partial - total).exp(), None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+        return dloss * ctx.factor, None
