@@ -77,7 +77,10 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backend_in_force() -> str:
-    """Return the forced backend, from ``backend(...)`` or else FLORENCE_FAST_BACKEND, or ``"auto"``."""
+    """Return the forced backend, from ``backend(...)`` or else FLORENCE_FAST_BACKEND, or ``"auto"``.
+
+    torch.compile guards on ``backend(...)`` and compiles again when it changes; the variable it reads while tracing.
+    """
     if _forced:
         return _forced[-1]
     name = os.environ.get("FLORENCE_FAST_BACKEND") or "auto"

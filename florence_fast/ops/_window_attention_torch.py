@@ -7,6 +7,7 @@ Letters: B batch · C channels · M windows of one map · N tokens in one window
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from florence_fast.ops._windows import (
     offset_index,
     partition,
 )
+
+SLICE_BYTES = 4 << 20
+"""How many bytes of scores a CPU works on at a time."""
 
 
 def window_attention_fwd(
@@ -47,16 +51,20 @@ def window_attention_fwd(
     """
     cut = cut_map(qkv.shape[1:-1], tuple(window_size), tuple(shift_size))
     dtype = _compute_dtype(qkv, cut, logit_scale)
-    q, k, v = partition(qkv, cut, 3, num_heads, dtype, fill=qkv_bias)
-    q, k = _scaled(q, k, scale, logit_scale)
-    added = _added_to_scores(rel_pos_bias_table, bias, cut, tuple(window_size), tuple(cyclic), pad_mode, q)
-    if not train and _prefers_sdpa(cut, dtype):
-        out, probs = _sdpa(q, k, v, added), None
-    else:
-        probs = _probabilities(q, k, added)
-        out = probs @ v
-    out = crop(merge(out[None], cut, qkv.dtype), cut)
-    return out, probs.to(qkv.dtype) if train else qkv.new_empty(0)
+    added = _added_to_scores(rel_pos_bias_table, bias, cut, tuple(window_size), cyclic, pad_mode, qkv.device, dtype)
+    kept = qkv.new_empty(len(qkv) * cut.num_windows if train else 0, num_heads, cut.num_tokens, cut.num_tokens)
+    outs = []
+    for images, windows in _slices(qkv, cut, num_heads, dtype):
+        q, k, v = partition(qkv[images], cut, 3, num_heads, dtype, fill=qkv_bias)
+        q, k = _scaled(q, k, scale, logit_scale)
+        if train:
+            out = _probabilities(q, k, added, kept[windows]) @ v
+        elif _prefers_sdpa(cut, dtype):
+            out = _sdpa(q, k, v, added)
+        else:
+            out = _probabilities(q, k, added) @ v
+        outs.append(crop(merge(out[None], cut, qkv.dtype), cut))
+    return _join(outs), kept if train else qkv.new_empty(0)
 
 
 def window_attention_bwd(
@@ -79,49 +87,75 @@ def window_attention_bwd(
     needs_qkv, needs_table, needs_bias, needs_logit_scale, needs_qkv_bias = needs
     cut = cut_map(qkv.shape[1:-1], tuple(window_size), tuple(shift_size))
     dtype = _compute_dtype(qkv, cut, logit_scale)
-    q, k, v = partition(qkv, cut, 3, num_heads, dtype, fill=qkv_bias)
-    (d_out,) = partition(grad_out, cut, 1, num_heads, dtype)
-    probs = probs.to(dtype)
-    d_scores = torch._softmax_backward_data(d_out @ v.mT, probs, -1, dtype)
+    wide = {"dtype": torch.promote_types(dtype, torch.float32), "device": qkv.device}
+    d_added = torch.zeros(num_heads, cut.num_tokens, cut.num_tokens, **wide)
+    d_log, d_fill, d_qkvs = torch.zeros(num_heads, **wide), torch.zeros(qkv.shape[-1], **wide), []
+    pads = is_pad(cut, qkv.device)
+    for images, windows in _slices(qkv, cut, num_heads, dtype):
+        q, k, v = partition(qkv[images], cut, 3, num_heads, dtype, fill=qkv_bias)
+        (d_out,) = partition(grad_out[images], cut, 1, num_heads, dtype)
+        p = probs[windows].to(dtype)
+        d_scores = torch._softmax_backward_data(d_out @ v.mT, p, -1, dtype)
+        if needs_table or needs_bias:
+            d_added += _sum_windows(d_scores)
+        if not (needs_qkv or needs_logit_scale or needs_qkv_bias):
+            continue
+        q_scaled, k_scaled = _scaled(q, k, scale, logit_scale)
+        d_parts = torch.empty(3, *q.shape, dtype=dtype, device=q.device)
+        _product(d_scores, k_scaled, out=d_parts[0])
+        _product(d_scores.mT, q_scaled, out=d_parts[1])
+        _product(p.mT, d_out, out=d_parts[2])
+        if logit_scale is None:
+            d_parts[0].mul_(scale)
+        else:
+            d_log += _through_cosine_(d_parts, q, k, logit_scale)
+        d_map = merge(d_parts, cut, qkv.dtype)
+        if needs_qkv_bias:
+            d_fill += torch.where(pads, d_map, 0).flatten(0, -2).sum(0, dtype=wide["dtype"])
+        if needs_qkv:
+            d_qkvs.append(crop(d_map, cut))
+    window = tuple(window_size)
+    return (
+        _join(d_qkvs) if needs_qkv else None,
+        _fold_into_table(d_added, cut, window, rel_pos_bias_table) if needs_table else None,
+        _fold_into_bias(d_added, cut, window, bias) if needs_bias else None,
+        d_log.view_as(logit_scale).to(logit_scale.dtype) if needs_logit_scale else None,
+        d_fill.to(qkv_bias.dtype) if needs_qkv_bias else None,
+    )
 
-    d_table = d_bias = d_logit_scale = d_qkv_bias = None
-    if needs_table or needs_bias:
-        d_added = d_scores.sum(0, dtype=_sum_dtype(dtype))
-        d_table = _fold_into_table(d_added, cut, tuple(window_size), rel_pos_bias_table) if needs_table else None
-        d_bias = _fold_into_bias(d_added, cut, tuple(window_size), bias) if needs_bias else None
-    if not (needs_qkv or needs_logit_scale or needs_qkv_bias):
-        return None, d_table, d_bias, None, None
 
-    q_scaled, k_scaled = _scaled(q, k, scale, logit_scale)
-    d_parts = torch.empty(3, *q.shape, dtype=dtype, device=q.device)
-    _product(d_scores, k_scaled, out=d_parts[0])
-    _product(d_scores.mT, q_scaled, out=d_parts[1])
-    _product(probs.mT, d_out, out=d_parts[2])
-    if logit_scale is None:
-        d_parts[0].mul_(scale)
-    else:
-        d_logit_scale = _through_cosine_(d_parts, q, k, logit_scale)
-    d_map = merge(d_parts, cut, qkv.dtype)
-    if needs_qkv_bias:
-        pads = d_map.flatten(1, -2)[:, is_pad(cut, qkv.device)]
-        d_qkv_bias = pads.sum((0, 1), dtype=_sum_dtype(dtype)).to(qkv_bias.dtype)
-    return crop(d_map, cut) if needs_qkv else None, d_table, d_bias, d_logit_scale, d_qkv_bias
+def _slices(qkv: Tensor, cut: Cut, num_heads: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
+    """Walk over the batch: which images, and which of its windows, to work on at a time.
+
+    On a CPU the scores of one slice stay near the caches and below the size from which every allocation is fetched
+    from the system anew; the order of the sums over slices is fixed.
+    """
+    batch = len(qkv)
+    step = max(batch, 1)
+    if qkv.device.type == "cpu":
+        bytes_per_image = cut.num_windows * num_heads * cut.num_tokens**2 * dtype.itemsize
+        step = max(1, SLICE_BYTES // bytes_per_image)
+    for start in range(0, max(batch, 1), step):
+        stop = min(start + step, batch)
+        yield slice(start, stop), slice(start * cut.num_windows, stop * cut.num_windows)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _compute_dtype(qkv: Tensor, cut: Cut, logit_scale: Tensor | None) -> torch.dtype:
     """Choose the dtype of products and softmax; sums are in float32 or better everywhere.
 
-    A cosine times 100 needs float32. On a CPU half precision is slower than float32 in rows of fewer than 32 (the
-    softmax of 16 and its backward: 3.2 and 6.0 ms against 1.0 and 0.3), and fp16 is slower at any length.
+    A cosine times 100 needs float32. On a CPU bf16 is slower than float32 in rows of 12 to 31 (the softmax of 16 and
+    its backward: 3.2 and 6.0 ms against 1.0 and 0.3) and of 1, and fp16 is slower at any length.
     """
     if qkv.dtype not in (torch.bfloat16, torch.float16):
         return qkv.dtype
-    slow_on_cpu = qkv.device.type == "cpu" and (cut.num_tokens < 32 or qkv.dtype == torch.float16)
+    slow_on_cpu = qkv.device.type == "cpu" and (
+        12 <= cut.num_tokens < 32 or cut.num_tokens == 1 or qkv.dtype == torch.float16
+    )
     return torch.float32 if slow_on_cpu or logit_scale is not None else qkv.dtype
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _prefers_sdpa(cut: Cut, dtype: torch.dtype) -> bool:
@@ -159,8 +193,7 @@ def _through_cosine_(d_parts: Tensor, q: Tensor, k: Tensor, logit_scale: Tensor)
     for d, x_hat, inverse in ((d_parts[0], q_hat, q_inverse), (d_parts[1], k_hat, k_inverse)):
         d.sub_(x_hat * (d * x_hat).sum(-1, keepdim=True)).mul_(inverse)
     # The clamp passes the gradient at its border, as torch.clamp does.
-    d_log = torch.where(logit_scale.flatten() <= MAX_LOG_SCALE, d_factor * factor.flatten(), 0)
-    return d_log.view_as(logit_scale).to(logit_scale.dtype)
+    return torch.where(logit_scale.flatten() <= MAX_LOG_SCALE, d_factor * factor.flatten(), 0)
 
 
 def _added_to_scores(
@@ -168,30 +201,37 @@ def _added_to_scores(
     bias: Tensor | None,
     cut: Cut,
     window_size: tuple[int, ...],
-    cyclic: tuple[bool, ...],
+    cyclic: list[bool],
     pad_mode: str,
-    q: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """Join bias and mask into one term: (1, h, N, N) where windows are alike, else (M, h or 1, N, N)."""
     added = None
     if table is not None:
-        rows = table.index_select(0, offset_index(cut.window, window_size, q.device))
-        added = rows.T.reshape(1, -1, cut.num_tokens, cut.num_tokens).to(q.dtype)
+        rows = table.index_select(0, offset_index(cut.window, window_size, device))
+        added = rows.to(dtype).T.contiguous().view(1, -1, cut.num_tokens, cut.num_tokens)
     elif bias is not None:
-        corner = corner_index(cut.window, window_size, q.device)
-        added = bias.index_select(1, corner).index_select(2, corner).to(q.dtype)[None]
-    blocked = blocked_pairs(cut, cyclic, pad_mode == "mask", q.device)
+        corner = corner_index(cut.window, window_size, device)
+        added = bias.index_select(1, corner).index_select(2, corner).to(dtype)[None]
+    blocked = blocked_pairs(cut, cyclic, pad_mode == "mask", device)
     if blocked is None:
         return added
-    mask = torch.zeros_like(blocked, dtype=q.dtype).masked_fill_(blocked, -math.inf)[:, None]
+    mask = torch.zeros_like(blocked, dtype=dtype).masked_fill_(blocked, -math.inf)[:, None]
     return mask if added is None else added + mask
 
 
-def _probabilities(q: Tensor, k: Tensor, added: Tensor | None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, added: Tensor | None, kept: Tensor | None = None) -> Tensor:
+    """Give softmax(q k^T + added), written into ``kept`` as well where that is given."""
     scores = q @ k.mT
     if added is not None:
         scores.view(len(scores) // len(added), len(added), *scores.shape[1:]).add_(added)
-    return scores.softmax(-1)
+    if kept is not None and kept.dtype == scores.dtype:
+        return torch.softmax(scores, -1, out=kept)
+    probs = scores.softmax(-1)
+    if kept is not None:
+        kept.copy_(probs)
+    return probs
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
@@ -203,6 +243,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
         added = added.expand(rows // windows, -1, -1, -1)
     q, k, v = (x.view(rows // windows, windows * num_heads, num_tokens, -1) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, added, scale=1.0).reshape(rows, num_heads, num_tokens, -1)
+
+
+def _sum_windows(x: Tensor) -> Tensor:
+    """Sum over the windows, accumulating in float32 or better; (B*M, h, N, N) to (h, N, N).
+
+    On a CPU a sum of bf16 accumulates in float32 by itself, and ``dtype=`` would first write a float32 copy.
+    """
+    return x.sum(0) if x.device.type == "cpu" else x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:

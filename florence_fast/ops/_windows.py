@@ -5,6 +5,7 @@ A "size" is a tuple per axis, (H, W) or (T, H, W).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -91,31 +92,31 @@ def crop(x: Tensor, cut: Cut) -> Tensor:
 
 
 def is_pad(cut: Cut, device: torch.device) -> Tensor:
-    """Say which tokens of the padded map are pads: (prod(padded),) bool."""
-    inside = torch.zeros(cut.padded, dtype=torch.bool, device=device)
-    inside[tuple(map(slice, cut.size))] = True
-    return ~inside.flatten()
+    """Say which tokens of the padded map are pads: (*padded, 1) bool."""
+    pads = torch.ones(*cut.padded, 1, dtype=torch.bool, device=device)
+    pads[tuple(map(slice, cut.size))] = False
+    return pads
 
 
-def blocked_pairs(cut: Cut, cyclic: tuple[bool, ...], mask_pads: bool, device: torch.device) -> Tensor | None:
+def blocked_pairs(cut: Cut, cyclic: Sequence[bool], mask_pads: bool, device: torch.device) -> Tensor | None:
     """Say which pairs of tokens of a window may not see each other: (M, N, N) bool, or None when all may.
 
     Tokens see each other when they lie in the same region. A region ends at the map's seam, unless the axis is
     cyclic; masked pads are regions of their own, so that every token sees at least itself.
     """
-    region = torch.zeros(1, dtype=torch.long)
+    has_seam = any(shift and not wraps for shift, wraps in zip(cut.shift, cyclic, strict=True))
+    if not has_seam and not (mask_pads and cut.padded != cut.size):
+        return None
+    axes = len(cut.size)
+    region = torch.zeros((), dtype=torch.long, device=device)
     for size, padded, shift, wraps in zip(cut.size, cut.padded, cut.shift, cyclic, strict=True):
-        place = torch.arange(padded)
+        place = torch.arange(padded, device=device)
         beyond_seam = (place >= padded - shift) & (not wraps)
         pad = ((place + shift) % padded >= size) & mask_pads
-        region = region[..., None] * 4 + beyond_seam.long() + 2 * pad.long()
-    region = region[0]
-    if not region.any():
-        return None
+        region = region[..., None] * 4 + beyond_seam + 2 * pad
     region = region.view(*chain(*zip(cut.grid, cut.window, strict=True)))
-    axes = len(cut.size)
     region = region.permute(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)).reshape(cut.num_windows, cut.num_tokens)
-    return (region[:, :, None] != region[:, None, :]).to(device)
+    return region[:, :, None] != region[:, None, :]
 
 
 def offset_index(window: Size, window_size: Size, device: torch.device) -> Tensor:
@@ -123,23 +124,22 @@ def offset_index(window: Size, window_size: Size, device: torch.device) -> Tenso
 
     A window smaller than ``window_size`` has smaller offsets, which lie around the table's centre.
     """
-    index = torch.zeros(1, 1, dtype=torch.long)
+    index = torch.zeros(1, 1, dtype=torch.long, device=device)
     for side, full in zip(window, window_size, strict=True):
-        place = torch.arange(side)
+        place = torch.arange(side, device=device)
         offset = place[:, None] - place[None, :] + full - 1
-        index = (index[:, None, :, None] * (2 * full - 1) + offset[None, :, None, :]).flatten(2).flatten(0, 1)
-    return index.flatten().to(device)
+        index = (index[:, None, :, None] * (2 * full - 1) + offset[:, None, :]).flatten(2).flatten(0, 1)
+    return index.flatten()
 
 
 def corner_index(window: Size, window_size: Size, device: torch.device) -> Tensor:
     """Number the tokens of a ``window`` as they stand in the leading corner of ``window_size``: (N,)."""
-    index = torch.arange(math.prod(window_size)).view(window_size)
-    return index[tuple(map(slice, window))].flatten().to(device)
+    index = torch.arange(math.prod(window_size), device=device).view(window_size)
+    return index[tuple(map(slice, window))].flatten()
 
 
 def _pad(x: Tensor, cut: Cut, fill: Tensor | None) -> Tensor:
     if fill is None:
         missing = [p - s for p, s in zip(cut.padded, cut.size, strict=True)]
         return F.pad(x, (0, 0, *chain(*((0, m) for m in reversed(missing)))))
-    pads = is_pad(cut, x.device).view(1, *cut.padded, 1)
-    return torch.where(pads, fill.to(x.dtype), _pad(x, cut, None))
+    return torch.where(is_pad(cut, x.device), fill.to(x.dtype), _pad(x, cut, None))

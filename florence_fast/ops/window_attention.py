@@ -153,7 +153,7 @@ def _check_window_attention(
     if pad_mode == "mask" and qkv_bias is not None:
         raise ValueError("qkv_bias only fills the pads of pad_mode='bias', got it with pad_mode='mask'")
     tokens = math.prod(window)
-    offsets = math.prod(2 * w - 1 for w in window)
+    offsets = math.prod([2 * w - 1 for w in window])
     _check_tensor("qkv", qkv, None, qkv.device)
     _check_tensor("rel_pos_bias_table", rel_pos_bias_table, [(offsets, num_heads)], qkv.device)
     _check_tensor("bias", bias, [(num_heads, tokens, tokens)], qkv.device)
