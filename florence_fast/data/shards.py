@@ -171,14 +171,17 @@ def _list_members(path: Path, unpacked: bytes | None) -> tuple[list[tuple[str, t
     """Names and places of the plain files in a tar, and whether it is whole, that is, has its closing block."""
     members: list[tuple[str, tuple[int, int]]] = []
     try:
-        with tarfile.open(path if unpacked is None else None, "r:", io.BytesIO(unpacked) if unpacked else None) as tar:
+        with (
+            open(path, "rb") if unpacked is None else io.BytesIO(unpacked) as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
             try:
                 for member in tar:
                     if member.isreg() and not member.issparse():
                         members.append((member.name, (member.offset_data, member.size)))
             except tarfile.ReadError:
                 return members, False
-            tar.fileobj.seek(tar.offset)
-            return members, tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            file.seek(tar.offset)
+            return members, file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not a readable tar: {error}") from error

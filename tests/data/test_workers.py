@@ -1,0 +1,119 @@
+"""Worker processes: the same batches as without them, the signals of any process, and an end with their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from florence_fast.data.loader import PairLoader
+from florence_fast.data.shards import TarPairs
+from tests.data.conftest import ListPairs, sample, write_tar
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.mark.parametrize("crop", ["squash", "random_resized"])
+@pytest.mark.parametrize("cache", [True, False])
+def test_batches_are_the_same_with_two_workers(tmp_path: Path, crop: str, cache: bool) -> None:
+    members: dict[str, bytes] = {}
+    for n in range(45):
+        members |= sample(f"{n}", f"text {n}", (n, 2 * n, 3 * n), keywords=[f"key {n}"])
+    members["7.png"] = b"damaged"
+    source = TarPairs([write_tar(tmp_path / "a.tar", members)])
+    with_workers, without = (
+        PairLoader(source, batch_size=20, image_size=8, crop=crop, cache=cache, num_workers=n, max_bad_share=0.1)
+        for n in (2, 0)
+    )
+    for one, other in islice(zip(with_workers.batches(10), without.batches(10), strict=True), 6):
+        assert torch.equal(one.images, other.images) and torch.equal(one.indices, other.indices)
+        assert torch.equal(one.labels, other.labels) and one.texts == other.texts and one.skipped == other.skipped
+    assert with_workers.samples_bad == without.samples_bad > 0
+
+
+class ProcessPairs(ListPairs):
+    """Pictures that say about the process which decodes them: handlers of two signals, and its id in two bytes."""
+
+    def image(self, index: int) -> Image.Image:
+        default = [signal.getsignal(s) == signal.SIG_DFL for s in (signal.SIGTERM, signal.SIGINT)]
+        image = Image.new("RGB", (2, 1), (default[0], default[1], 0))
+        image.putpixel((1, 0), (os.getpid() % 251, os.getpid() % 253, os.getpid() % 255))
+        return image.resize((2, 2), Image.Resampling.NEAREST)
+
+
+class DeadlyPairs(ListPairs):
+    """Decoding ends the process."""
+
+    def image(self, index: int) -> Image.Image:
+        os._exit(1)
+
+
+def test_workers_have_the_default_signals_and_end_with_the_iterator(list_pairs: Callable[..., ListPairs]) -> None:
+    before, others = signal.signal(signal.SIGTERM, lambda *_: None), set(children())
+    try:
+        batches = PairLoader(ProcessPairs(list_pairs(60).pairs), batch_size=60, image_size=2, num_workers=2).batches(0)
+        images = next(batches).images
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert images[:, :2, 0, 0].unique().tolist() == [1]
+    mine = [os.getpid() % 251, os.getpid() % 253, os.getpid() % 255]
+    assert not any(pixel == mine for pixel in images[:, :, 0, 1].tolist())
+    assert set(children()) > others
+    batches.close()
+    assert set(children()) == others
+
+
+def test_a_worker_that_dies_is_an_error_and_not_a_hang(list_pairs: Callable[..., ListPairs]) -> None:
+    batches = PairLoader(DeadlyPairs(list_pairs(8).pairs), batch_size=8, image_size=2, num_workers=1).batches(0)
+    with pytest.raises(RuntimeError, match="a decoding worker died"):
+        next(batches)
+
+
+@pytest.mark.dist
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", sample("1", "one") | sample("2", "two"))
+    script = (
+        "import sys, time\n"
+        "from florence_fast.data import PairLoader, open_pairs\n"
+        "loader = PairLoader(open_pairs(sys.argv[1]), batch_size=2, image_size=8, num_workers=2, cache=False)\n"
+        "batches = loader.batches(0)\n"
+        "next(batches)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", script, str(tmp_path / "a.tar")]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+    try:
+        assert parent.stdout.readline() == "ready\n"
+        workers = children(parent.pid)
+        assert workers
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 10
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline, f"workers {workers} outlive their parent"
+        time.sleep(0.05)
+
+
+def children(parent: int | None = None) -> list[int]:
+    """Processes that were started by this one, or by ``parent``."""
+    parent = parent or os.getpid()
+    return [int(p) for t in Path(f"/proc/{parent}/task").iterdir() for p in (t / "children").read_text().split()]
+
+
+def is_running(process: int) -> bool:
+    """Whether a process is there and is not only waiting to be reaped."""
+    stat = Path(f"/proc/{process}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
