@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from PIL import Image
 
 from florence_fast import __version__
@@ -169,6 +170,25 @@ def test_train_flags_set_the_fields_that_they_name(pairs, tmp_path, monkeypatch)
     assert [(stage.steps, stage.image_size) for stage in config.stages] == [(4, 32)]
     assert (config.lr, config.beta1, config.weight_decay, config.warmup, config.loss) == (0.125, 0.5, 0.5, 1, "clip")
     assert (seen["out_dir"], seen["pairs"], seen["resume"], seen["augment"]) == (tmp_path / "n", 3, None, None)
+
+
+def test_train_shows_the_defaults_of_the_engine():
+    import dataclasses
+    import inspect
+
+    from florence_fast.cli import train
+    from florence_fast.train import TrainConfig
+
+    shown = {
+        name: parameter.annotation.__metadata__[0].show_default
+        for name, parameter in inspect.signature(train.command).parameters.items()
+        if parameter.annotation is not typer.Context
+    }
+    defaults = {f.name: str(f.default) for f in dataclasses.fields(TrainConfig) if f.default not in (None, False)}
+    assert len(shown.keys() & defaults.keys()) > 10
+    assert {name: shown[name] for name in shown.keys() & defaults.keys()} == {
+        name: defaults[name] for name in shown.keys() & defaults.keys()
+    }
 
 
 def test_evaluate_prints_and_writes_the_same_figures(pairs, tmp_path, capsys):

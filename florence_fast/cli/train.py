@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 DEFAULT_EPOCHS = 32
 
 
+def _flag(default: object, *names: str, **settings: Any) -> Any:
+    """An option that is shown with the default of ``TrainConfig`` but is None when it is not given."""
+    return typer.Option(*names, show_default=str(default), **settings)
+
+
 def command(
     context: typer.Context,
     train_data: Annotated[
@@ -35,30 +40,30 @@ def command(
     epochs: Annotated[int | None, typer.Option(min=1, help=f"Length in passes [default: {DEFAULT_EPOCHS}].")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length in steps, in place of --epochs.")] = None,
     config: Annotated[Path | None, typer.Option(help="TrainConfig as JSON, stages too; given flags win.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Pairs that a process encodes at once.")] = None,
+    batch_size: Annotated[int | None, _flag(512, min=1, help="Pairs that a process encodes at once.")] = None,
     accum_freq: Annotated[int, typer.Option(min=1, help="Batches joined in one loss (gradient cache).")] = 1,
-    lr: Annotated[float | None, typer.Option(help="Peak of the learning rate.")] = None,
-    weight_decay: Annotated[float | None, typer.Option("--wd", help="Weight decay of matrices.")] = None,
-    beta1: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
-    beta2: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
-    eps: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
-    warmup: Annotated[int | None, typer.Option(min=0, help="Steps of linear warm-up.")] = None,
-    grad_clip_norm: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
-    loss: Annotated[str | None, typer.Option(help="unicl (equal texts are positives) or clip.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16, amp_bf16 or amp.")] = None,
+    lr: Annotated[float | None, _flag(0.0005, help="Peak of the learning rate.")] = None,
+    weight_decay: Annotated[float | None, _flag(0.1, "--wd", help="Weight decay of matrices.")] = None,
+    beta1: Annotated[float | None, _flag(0.9, help="Of AdamW.")] = None,
+    beta2: Annotated[float | None, _flag(0.98, help="Of AdamW.")] = None,
+    eps: Annotated[float | None, _flag(1e-06, help="Of AdamW.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up.", show_default="a twentieth")] = None,
+    grad_clip_norm: Annotated[float | None, _flag(1.0, help="Largest gradient norm.")] = None,
+    loss: Annotated[str | None, _flag("unicl", help="unicl (equal texts are positives) or clip.")] = None,
+    precision: Annotated[str | None, _flag("amp_bf16", help="fp32, bf16, fp16, amp_bf16 or amp.")] = None,
     grad_checkpointing: Annotated[
         bool | None, typer.Option("--grad-checkpointing", help="Trade time for memory.")
     ] = None,
     ema_decay: Annotated[float | None, typer.Option(help="Also keep a moving average of the weights.")] = None,
-    num_workers: Annotated[int | None, typer.Option("--workers", min=0, help="Processes that decode.")] = None,
-    crop: Annotated[str | None, typer.Option(help="squash, center or random_resized.")] = None,
+    num_workers: Annotated[int | None, _flag(0, "--workers", min=0, help="Processes that decode.")] = None,
+    crop: Annotated[str | None, _flag("squash", help="squash, center or random_resized.")] = None,
     augment: Annotated[bool, typer.Option("--augment", help="Turn, shear and recolour the pictures.")] = False,
-    max_bad_share: Annotated[float | None, typer.Option(help="Share of unreadable pairs that stops it.")] = None,
-    max_skipped_steps: Annotated[int | None, typer.Option(min=0, help="NaN steps in a row that stop it.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order and augmentation.")] = None,
+    max_bad_share: Annotated[float | None, _flag(0.01, help="Share of unreadable pairs that stops it.")] = None,
+    max_skipped_steps: Annotated[int | None, _flag(20, min=0, help="NaN steps in a row that stop it.")] = None,
+    seed: Annotated[int | None, _flag(0, min=0, help="Of weights, order and augmentation.")] = None,
     save_frequency: Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints.")] = None,
-    keep_checkpoints: Annotated[int | None, typer.Option(min=1, help="How many checkpoints stay.")] = None,
-    log_every_n_steps: Annotated[int | None, typer.Option(min=1, help="Steps between lines of the log.")] = None,
+    keep_checkpoints: Annotated[int | None, _flag(3, min=1, help="How many checkpoints stay.")] = None,
+    log_every_n_steps: Annotated[int | None, _flag(10, min=1, help="Steps between lines of the log.")] = None,
     logs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("logs"),
     name: Annotated[
         str | None, typer.Option(help="Folder of this run in --logs.", show_default="date and model")

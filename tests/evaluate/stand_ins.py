@@ -52,7 +52,10 @@ class ColourPictures:
         return len(self.colours)
 
     def texts(self, index: int) -> SimpleNamespace:
-        return SimpleNamespace(text=(self.captions or self.colours)[index], short_name=None, keywords=[])
+        text = (self.captions or self.colours)[index]
+        if not text:
+            raise ValueError("its text is empty")
+        return SimpleNamespace(text=text, short_name=None, keywords=[])
 
     def image(self, index: int) -> Image.Image:
         if self.colours[index] is None:

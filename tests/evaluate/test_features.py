@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from florence_fast.data.loader import BadDataError
-from florence_fast.evaluate import encode_images, encode_texts
+from florence_fast.evaluate import encode_images, encode_texts, with_texts
 from tests.evaluate.stand_ins import ColourModel, ColourPictures, tokenizer, transform
 
 
@@ -47,6 +47,14 @@ def test_too_many_broken_pictures_stop_the_call():
         encode_images(ColourModel(), source, transform, max_bad_share=0.3)
     with pytest.raises(BadDataError, match=r"none of 1 pictures can be read; first: picture 0"):
         encode_images(ColourModel(), ColourPictures([None]), transform, max_bad_share=1.0)
+
+
+def test_a_pair_without_a_text_is_named_and_left_out(caplog):
+    source, texts = with_texts(ColourPictures(["red", "green", "blue"], ["red", "", "blue"]), max_bad_share=0.5)
+    assert texts == ["red", "blue"] and [source.describe(index) for index in range(2)] == ["picture 0", "picture 2"]
+    assert "skipped picture 1: its text is empty" in caplog.text
+    with pytest.raises(BadDataError, match=r"1 of 2 pairs cannot be read"):
+        with_texts(ColourPictures(["red", "green"], ["red", ""]))
 
 
 def test_nothing_to_encode_is_refused():
