@@ -25,14 +25,17 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the weights; a parameter that changed its shape starts from where it is."""
+        """Move the average towards the weights."""
         self.updates += 1
         weights = {name: p.detach().float() for name, p in model.named_parameters()}
-        for name, weight in weights.items():
-            if self.average[name].shape != weight.shape:
-                self.average[name] = weight.clone()
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), 1 - decay)
+
+    def restart_resized(self, model: nn.Module) -> None:
+        """Let the average of every parameter that has changed its shape start again from where it is now."""
+        for name, parameter in model.named_parameters():
+            if self.average[name].shape != parameter.shape:
+                self.average[name] = parameter.detach().float().clone()
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
@@ -65,7 +68,6 @@ class EMA:
 
 @torch.no_grad()
 def _copy_into(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
-    """Overwrite the parameters of ``model`` with ``values``, cast to their dtype; one whose shape has changed stays."""
+    """Overwrite the parameters of ``model`` with ``values``, cast to their dtype."""
     for name, parameter in model.named_parameters():
-        if parameter.shape == values[name].shape:
-            parameter.copy_(values[name])
+        parameter.copy_(values[name])

@@ -73,7 +73,7 @@ def set_rng_state(state: Mapping[str, Any], generators: Mapping[str, np.random.G
 def environment(device: torch.device, world_size: int) -> dict[str, str | int]:
     """Describe what equal bits depend on besides the seed: torch, threads, processor, device, processes."""
     return {
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -48,12 +48,15 @@ def test_swapped_gives_the_average_and_returns_the_weights_even_after_an_error()
     assert model.weight.item() == 4.0
 
 
-def test_a_resized_table_starts_from_where_it_is() -> None:
-    model = nn.Linear(2, 2, bias=False)
+def test_a_resized_table_starts_from_where_it_is_and_others_go_on() -> None:
+    model = nn.Linear(2, 2)
     ema = EMA(model, decay=0.9)
+    earlier = ema.average["bias"].clone()
     model.weight = nn.Parameter(torch.full((5, 2), 7.0))
-    ema.update(model)
+    model.bias = nn.Parameter(torch.full((2,), 7.0))
+    ema.restart_resized(model)
     assert torch.equal(ema.average["weight"], torch.full((5, 2), 7.0))
+    assert torch.equal(ema.average["bias"], earlier)
 
 
 def test_state_survives_and_another_models_is_refused() -> None:

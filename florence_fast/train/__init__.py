@@ -1,0 +1,27 @@
+"""Training: the loss of UniCL, the gradient cache, processes, and the engine that runs stages and survives kills."""
+
+from florence_fast.train.checkpoint import CheckpointStore, CorruptCheckpointError
+from florence_fast.train.config import PAPER_STAGES, Stage, TrainConfig, paper_stages
+from florence_fast.train.distributed import init_distributed
+from florence_fast.train.ema import EMA
+from florence_fast.train.engine import Trainer, TrainingDivergedError
+from florence_fast.train.grad_cache import GradCache
+from florence_fast.train.loss import ContrastiveLoss
+from florence_fast.train.optim import create_optimizer, learning_rate
+
+__all__ = [
+    "EMA",
+    "PAPER_STAGES",
+    "CheckpointStore",
+    "ContrastiveLoss",
+    "CorruptCheckpointError",
+    "GradCache",
+    "Stage",
+    "TrainConfig",
+    "Trainer",
+    "TrainingDivergedError",
+    "create_optimizer",
+    "init_distributed",
+    "learning_rate",
+    "paper_stages",
+]

@@ -1,0 +1,368 @@
+"""The training loop: stages, steps, intervals, checkpoints, and what happens when a step goes wrong (section 2.2)."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from florence_fast.data.loader import Batch, PairLoader
+from florence_fast.models.saving import CONFIG_KEY
+from florence_fast.train.checkpoint import CheckpointStore
+from florence_fast.train.config import Stage, TrainConfig
+from florence_fast.train.counters import Counters
+from florence_fast.train.distributed import barrier, rank, world_size
+from florence_fast.train.ema import EMA
+from florence_fast.train.log import IntervalTimes, RunLog, Stopwatch
+from florence_fast.train.optim import carry_state, create_optimizer, learning_rate, set_learning_rate
+from florence_fast.train.reproducible import (
+    deterministic_algorithms,
+    environment,
+    rng_state,
+    seed_step,
+    set_rng_state,
+    warn_of_differences,
+)
+from florence_fast.train.signals import StopRequest
+from florence_fast.train.step import Augment, ContrastiveStep, agree
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = 1
+OnInterval = Callable[["Trainer", dict[str, Any]], Mapping[str, Any] | None]
+
+
+class TrainingDivergedError(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that is NaN or Inf."""
+
+
+class Trainer:
+    """Train a Florence on pairs, through the stages of a config, and be able to go on from any checkpoint.
+
+    A step's randomness comes from (seed, step) and its data from (seed, position), so a run that was killed and
+    resumed has the losses of one that was not, to the bit, on the same machine and thread count.
+
+    Args:
+        model: a Florence on its device; it is trained in place.
+        tokenizer: turns a list of texts into zero-padded ids.
+        source: the pairs, a `PairSource`.
+        config: stages and settings.
+        out_dir: the run's folder: `checkpoints/`, `out.log`, `params.txt`, `tensorboard/`.
+        augment: picture augmentation, as `ContrastiveStep` takes it; None only resizes and normalises.
+        on_interval: called as `on_interval(trainer, record)` after every interval, on every rank, with the model in
+            eval mode; its time is not counted, and a dict that it returns becomes a record of `results.jsonl`. After
+            a signal it is not called any more, so that the checkpoint is written without delay.
+        generators: NumPy generators that `augment` or `on_interval` draw from; checkpoints carry their state.
+
+    >>> trainer = Trainer(model, tokenizer, open_pairs("pairs.csv"), TrainConfig(stages=paper_stages(2000)), "logs/a")
+    >>> trainer.run(resume="latest")["images_per_second"]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        source: Any,
+        config: TrainConfig,
+        out_dir: str | os.PathLike[str],
+        *,
+        augment: Augment | None = None,
+        on_interval: OnInterval | None = None,
+        generators: Mapping[str, np.random.Generator] | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.out_dir = Path(out_dir)
+        self.on_interval = on_interval
+        self.generators = dict(generators or {})
+        self.device = next(model.parameters()).device
+        if config.precision in ("bf16", "fp16"):
+            model.to(torch.bfloat16 if config.precision == "bf16" else torch.float16)
+        model.set_grad_checkpointing(config.grad_checkpointing)
+        self.samples_per_epoch = len(source)
+        self.loader = _create_loader(source, config)
+        self.contrastive_step = ContrastiveStep(model, tokenizer, config, augment)
+        self.optimizer = create_optimizer(model, config)
+        scaled = config.precision == "amp" and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.ema = EMA(model, config.ema_decay) if config.ema_decay is not None else None
+        self.store = CheckpointStore(self.out_dir / "checkpoints", config.keep_checkpoints)
+        self.counters = Counters()
+        self.watch = Stopwatch()
+        self._times = IntervalTimes()
+        self._stage_number: int | None = None
+        self._batches: Iterator[Batch] = iter(())
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far."""
+        return self.counters.step
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training over all resumed parts, without the time of `on_interval`."""
+        return self.watch.seconds
+
+    def run(self, resume: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """Train to the end of the last stage, or until SIGTERM or SIGINT, which save and return.
+
+        Args:
+            resume: "latest" goes on from the newest valid checkpoint of `out_dir`, or starts where there is none; a
+                path goes on from that checkpoint; None starts a new run.
+
+        Returns:
+            "status" ("finished" or "stopped"), "signal" (its name or None), "images_per_second", "checkpoint" (path),
+            and the counters: "step", "position", "seconds", "loss" (mean of the last interval), "skipped_steps",
+            "bad_samples" and so on.
+
+        Raises:
+            FileExistsError: a new run would write into the folder of an earlier one.
+            FileNotFoundError, CorruptCheckpointError: the checkpoint to resume from is missing or not whole.
+            TrainingDivergedError: more than `max_skipped_steps` steps in a row had to be skipped.
+        """
+        if resume is None and (earlier := sorted(self.store.folder.glob("step_*.pt"))):
+            raise FileExistsError(
+                f"{self.out_dir} holds a run already ({earlier[0].name}): resume='latest' goes on with it, "
+                "another out_dir starts anew"
+            )
+        config = self.config
+        deterministic = self.device.type == "cpu" if config.deterministic is None else config.deterministic
+        self.log = RunLog(
+            self.out_dir,
+            samples_per_epoch=self.samples_per_epoch,
+            world_size=world_size(),
+            progress=config.progress,
+            tensorboard=config.tensorboard,
+            enabled=rank() == 0,
+        )
+        with self.log, deterministic_algorithms(deterministic), StopRequest() as stop:
+            path = self._resume(resume)
+            self.log.start(self.step, config.total_steps, config.to_dict())
+            self.watch = Stopwatch(self.counters.seconds)
+            path = self._train(stop) or path
+            self.counters.seconds = self.watch.seconds
+        return {
+            "status": "finished" if self.step == config.total_steps else "stopped",
+            "signal": stop.signal.name if stop.signal else None,
+            "images_per_second": self.counters.position / self.counters.seconds,
+            "checkpoint": str(path),
+            **self.counters.to_dict(),
+        }
+
+    def _train(self, stop: StopRequest) -> Path | None:
+        """Take steps until the end or a signal; return the last checkpoint written."""
+        config, path = self.config, None
+        self.model.train()
+        self._times = IntervalTimes()
+        done = self.step >= config.total_steps
+        while not done:
+            stopping = self._take_step(stop)
+            done = stopping or self.step == config.total_steps
+            if self.step % config.log_every_n_steps == 0 or self.step == config.total_steps:
+                self._end_interval(evaluate=not stopping)
+            if done or (config.save_every_steps and self.step % config.save_every_steps == 0):
+                path = self._save()
+        if self.step < config.total_steps:
+            logger.info("stopped by %s after step %d", stop.signal.name if stop.signal else "another rank", self.step)
+        return path
+
+    def _take_step(self, stop: StopRequest) -> bool:
+        """Take one step; return whether some rank was asked to stop."""
+        counters, started = self.counters, time.perf_counter()
+        stage = self._enter_stage()
+        batch = next(self._batches)
+        samples = len(batch.images) * world_size()
+        self._times.add(time.perf_counter() - started, samples)
+        seed_step(self.config.seed, counters.step, rank())
+        set_learning_rate(self.optimizer, learning_rate(self.config, counters.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.contrastive_step(batch, stage.image_size, counters.step, self.scaler)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        loss_value, norm_value, finite, stopping = agree(loss, norm, bool(stop))
+        if finite:
+            if self.config.grad_clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip_norm, norm)
+            self.scaler.step(self.optimizer)
+            self.model.clamp_logit_scale_()
+            if self.ema is not None:
+                self.ema.update(self.model)
+            counters.good_step(loss_value, norm_value)
+        else:
+            self._skip(loss_value, norm_value, batch)
+        self.scaler.update()
+        counters.step += 1
+        counters.position += samples
+        counters.bad_samples += batch.skipped
+        self.log.step()
+        return stopping
+
+    def _skip(self, loss: float, norm: float, batch: Batch) -> None:
+        """Count a step without an update, name its cause, and end the run when there were too many in a row."""
+        self.counters.skipped_step()
+        names = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        cause = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        described = (
+            f"step {self.step} skipped: {cause}; NaN or Inf in the gradients of {len(names)} parameters "
+            f"({', '.join(names[:3]) or 'none'}); first samples {batch.indices[:4].tolist()}"
+        )
+        logger.warning("%s", described)
+        if self.counters.skipped_in_a_row > self.config.max_skipped_steps:
+            raise TrainingDivergedError(
+                f"{self.counters.skipped_in_a_row} steps in a row were skipped, more than max_skipped_steps="
+                f"{self.config.max_skipped_steps}; the last one: {described}"
+            )
+
+    def _enter_stage(self) -> Stage:
+        """Return the stage of the next step; at a border, set window, sizes and texts anew."""
+        number, stage = self.config.stage_at(self.step)
+        if number != self._stage_number:
+            self._set_window(number)
+            self.loader.configure(
+                batch_size=stage.batch_size or self.config.batch_size,
+                image_size=stage.image_size,
+                augment_text=stage.augment_text,
+            )
+            self._batches = iter(self.loader.batches(self.counters.position))
+            logger.info("stage %d of %d from step %d: %s", number + 1, len(self.config.stages), self.step, stage)
+        return stage
+
+    def _set_window(self, number: int) -> None:
+        """Give the model the picture size and window of stage ``number``; new tables get a new optimiser."""
+        before = set(self.model.parameters())
+        windows = [stage.window_size for stage in self.config.stages[: number + 1] if stage.window_size]
+        image_size = self.config.stages[number].image_size
+        self.model.set_input_size(img_size=image_size, window_size=windows[-1] if windows else None)
+        if set(self.model.parameters()) != before:
+            optimizer = create_optimizer(self.model, self.config)
+            carry_state(self.optimizer, optimizer)
+            self.optimizer = optimizer
+            if self.ema is not None:
+                self.ema.restart_resized(self.model)
+            self.contrastive_step.wrap(self.model)
+        self._stage_number = number
+
+    def _end_interval(self, evaluate: bool) -> None:
+        """Write the interval's line and record, then let the caller evaluate with the clock stopped."""
+        counters = self.counters
+        counters.close_interval()
+        record = {
+            "step": counters.step,
+            "epoch": (counters.position - 1) // self.samples_per_epoch,
+            "position": counters.position,
+            "stage": self._stage_number,
+            "loss": counters.loss,
+            "last_loss": counters.last_loss,
+            "grad_norm": counters.grad_norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "logit_scale": self.model.logit_factor().item(),
+            "seconds": self.watch.seconds,
+            **self._times.averages(),
+            "skipped_steps": counters.skipped_steps,
+            "bad_samples": counters.bad_samples,
+        }
+        self.log.interval(record)
+        if evaluate and self.on_interval is not None:
+            with self.watch.paused():
+                self.model.eval()
+                answer = self.on_interval(self, record)
+                self.model.train()
+            if answer is not None:
+                self.log.record({"step": counters.step, "seconds": self.watch.seconds, **answer})
+        self._times = IntervalTimes()
+
+    def _save(self) -> Path:
+        """Write a checkpoint from rank 0; the others wait."""
+        self.counters.seconds = self.watch.seconds
+        path = self.store.path(self.step)
+        if rank() == 0:
+            self.log.sync()
+            self.store.save(self.step, self._state(), self._write_weights)
+        barrier()
+        return path
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "counters": self.counters.to_dict(),
+            "stage": self._stage_number,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "rng": rng_state(self.generators),
+            "config": self.config.to_dict(),
+            "model_config": self.model.config.to_dict(),
+            "environment": environment(self.device, world_size()),
+        }
+
+    def _write_weights(self, path: Path) -> None:
+        """Write the weights for use, with the model's configuration inside: the moving average where one is kept."""
+        weights = {**self.model.state_dict(), **(self.ema.average if self.ema is not None else {})}
+        tensors = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+        save_file(tensors, path, metadata={"format": "pt", CONFIG_KEY: json.dumps(self.model.config.to_dict())})
+
+    def _resume(self, resume: str | os.PathLike[str] | None) -> Path | None:
+        """Find the checkpoint that ``resume`` means and take it over; return its path."""
+        if resume is None:
+            return None
+        path = None if resume == "latest" else Path(resume)
+        if path is None and rank() == 0:
+            self.store.remove_leftovers()
+            path = self.store.latest_valid()
+        if world_size() > 1:
+            shared = [path]
+            dist.broadcast_object_list(shared, src=0)
+            path = shared[0]
+        if path is None:
+            logger.info("no checkpoint in %s yet: starting at step 0", self.store.folder)
+            return None
+        self._restore(self.store.load(path))
+        logger.info("resumed from %s: step %d, position %d", path, self.step, self.counters.position)
+        return path
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take over a checkpoint, after saying in what the run differs from the one that wrote it."""
+        if state.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError(f"the checkpoint has format {state.get('format')!r}, wanted {CHECKPOINT_FORMAT}")
+        warn_of_differences("setting", state["config"], self.config.to_dict())
+        warn_of_differences("environment", state["environment"], environment(self.device, world_size()))
+        self.counters = Counters(**state["counters"])
+        self._set_window(state["stage"])
+        self._stage_number = None
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if (self.ema is None) != (state["ema"] is None):
+            logger.warning("the moving average of the weights is %s", "dropped" if self.ema is None else "started here")
+        elif self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        set_rng_state(state["rng"], self.generators)
+
+
+def _create_loader(source: Any, config: TrainConfig) -> PairLoader:
+    return PairLoader(
+        source,
+        batch_size=config.batch_size,
+        image_size=max(stage.image_size for stage in config.stages),
+        seed=config.seed,
+        keyword_prob=config.keyword_prob,
+        template_prob=config.template_prob,
+        pictures_per_text=config.pictures_per_text,
+        cache=config.cache,
+        num_workers=config.num_workers,
+        rank=rank(),
+        world_size=world_size(),
+        max_bad_share=config.max_bad_share,
+        crop=config.crop,
+    )
