@@ -1,0 +1,230 @@
+"""``GradCache`` against one graph over the same features: equal to 1e-12, random masks, labels and DDP included.
+
+Letters: B pairs · T distinct texts
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from florence_fast.ops import contrastive_loss_reference
+from florence_fast.train.grad_cache import GradCache
+from florence_fast.train.loss import ContrastiveLoss
+from tests.train.toy import TwoTowers, assert_gradients_equal, batch, gradients
+
+SEED = 11
+
+
+def even_parts(x: Tensor, count: int) -> list[Tensor]:
+    """The rows that the cache deals to each micro-batch, some of them perhaps none."""
+    bounds = [len(x) * part // count for part in range(count + 1)]
+    return [x[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def one_graph(model: nn.Module, images: Tensor, texts: Tensor, micro_batch_size: int) -> list[Tensor]:
+    """Features as the cache computes them, part by part with the same random masks, but all in one graph."""
+    count = math.ceil(max(len(images), len(texts)) / micro_batch_size)
+    torch.manual_seed(SEED)
+    features = [
+        model(image=image if len(image) else None, text=text if len(text) else None)
+        for image, text in zip(even_parts(images, count), even_parts(texts, count), strict=True)
+    ]
+    return [torch.cat([x for x in column if x is not None]) for column in list(zip(*features, strict=True))[:2]]
+
+
+def distinct_texts(texts: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each text once and, for every pair, which one is its own."""
+    _, text_index = labels.unique(return_inverse=True)
+    first = [int((text_index == row).nonzero()[0]) for row in range(int(text_index.max()) + 1)]
+    return texts[first], text_index
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 7, 100], ids=lambda size: f"micro-batch-{size}")
+def test_gradients_are_those_of_one_graph_with_drop_path_and_labels(micro_batch_size):
+    images, texts, labels = batch(7, 4)
+    texts, text_index = distinct_texts(texts, labels)
+    model, other = TwoTowers(drop_path=0.5), TwoTowers(drop_path=0.5)
+    torch.manual_seed(SEED)
+    loss = GradCache(model, ContrastiveLoss(), micro_batch_size).step(images, texts, labels, text_index)
+
+    u, v = one_graph(other, images, texts, micro_batch_size)
+    wanted = contrastive_loss_reference(u, v[text_index], other.logit_scale.exp(), labels)
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted.detach(), rtol=1e-12, atol=0)
+    assert not loss.requires_grad
+    assert_gradients_equal(gradients(model), gradients(other))
+    assert all(max(call) <= micro_batch_size for call in model.calls)
+
+
+def test_gradients_are_those_of_the_whole_batch_and_are_added_to_what_is_there():
+    images, texts, labels = batch(8, 5)
+    model, other = TwoTowers(), TwoTowers()
+    cache = GradCache(model, ContrastiveLoss("sum_directions"), 3)
+    losses = [cache.step(images, texts), cache.step(images, texts, labels)]
+    wanted = [contrastive_loss_reference(*other(images, texts), y, reduction="sum_directions") for y in (None, labels)]
+    sum(wanted).backward()
+    torch.testing.assert_close(torch.stack(losses), torch.stack(wanted).detach(), rtol=1e-12, atol=0)
+    assert_gradients_equal(gradients(model), gradients(other))
+
+
+def test_one_text_for_all_images_reaches_the_last_micro_batch():
+    images, texts, labels = batch(5, 1)
+    model = TwoTowers()
+    GradCache(model, ContrastiveLoss(), 2).step(images, texts[:1], labels, torch.zeros_like(labels))
+    assert model.calls == [(1, 0), (2, 0), (2, 1)] * 2
+
+
+def test_the_generator_ends_where_one_forward_leaves_it():
+    images, texts, _ = batch(6, 4)
+    model = TwoTowers(drop_path=0.5)
+    torch.manual_seed(SEED)
+    GradCache(model, ContrastiveLoss(), 2).step(images, texts)
+    after = torch.rand(3)
+    one_graph(model, images, texts, 2)
+    assert torch.equal(after, torch.rand(3))
+
+
+@pytest.mark.gpu
+def test_masks_of_a_cuda_device_are_replayed():
+    images, texts, labels = (x.cuda() for x in batch(7, 4))
+    model, other = TwoTowers(drop_path=0.5).cuda(), TwoTowers(drop_path=0.5).cuda()
+    torch.manual_seed(SEED)
+    GradCache(model, ContrastiveLoss(), 3).step(images, texts, labels)
+    u, v = one_graph(other, images, texts, 3)
+    contrastive_loss_reference(u, v, other.logit_scale.exp(), labels).backward()
+    assert_gradients_equal(gradients(model), gradients(other))
+
+
+def test_under_autocast_every_weight_gets_its_gradient():
+    images, texts, labels = (x.float() if x.is_floating_point() else x for x in batch(8, 5))
+    model, other = TwoTowers(dtype=torch.float32), TwoTowers(dtype=torch.float32)
+    seen = []
+
+    def loss(u: Tensor, v: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+        seen.extend([u.dtype, v.dtype])
+        return ContrastiveLoss()(u, v, scale, y)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        GradCache(model, loss, 4).step(images, texts, labels)
+    # Without its cache autocast adds the gradients of a weight's uses in fp32, as separate backward passes do.
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        u, v = one_graph(other, images, texts, 4)
+    contrastive_loss_reference(u.float(), v.float(), other.logit_scale.exp(), labels).backward()
+    assert seen == [torch.float32] * 2
+    assert_gradients_equal(gradients(model), gradients(other), tolerance=1e-6)
+
+
+def scaled(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda loss: loss * factor
+
+
+@pytest.mark.parametrize("scale", [256.0, scaled(256.0)], ids=["number", "callable"])
+def test_the_scale_multiplies_gradients_and_not_the_loss(scale):
+    images, texts, labels = batch(6, 4)
+    model, other = TwoTowers(), TwoTowers()
+    loss = GradCache(model, ContrastiveLoss(), 4).step(images, texts, labels, scale=scale)
+    wanted = contrastive_loss_reference(*other(images, texts), labels)
+    (wanted * 256).backward()
+    torch.testing.assert_close(loss, wanted.detach(), rtol=1e-12, atol=0)
+    assert_gradients_equal(gradients(model), gradients(other))
+
+
+@pytest.mark.parametrize("frozen", ["visual", "text"])
+def test_a_frozen_tower_gets_nothing_and_the_other_everything(frozen):
+    images, texts, _ = batch(6, 4)
+    model, other = TwoTowers(), TwoTowers()
+    for encoder in (model, other):
+        encoder.get_submodule(frozen).requires_grad_(False)
+    GradCache(model, ContrastiveLoss(), 2).step(images, texts)
+    contrastive_loss_reference(*other(images, texts)).backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert (p.grad is None) == name.startswith(frozen)
+        assert p.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_any_loss_on_embeddings_will_do():
+    images, texts, _ = batch(6, 4)
+    model, other = TwoTowers(), TwoTowers()
+
+    def distance(u: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+        return scale * (u @ v.T).square().sum() + (u - v).square().sum()
+
+    GradCache(model, distance, 4).step(images, texts)
+    distance(*other(images, texts)).backward()
+    assert_gradients_equal(gradients(model), gradients(other))
+
+
+COUNTS, MICRO_BATCH_SIZE = (7, 4), 2
+"""Pairs of each rank: four micro-batches on the first, two on the second."""
+
+
+def step_with_ddp(group: dist.ProcessGroup) -> tuple[Tensor, dict[str, Tensor], int]:
+    rank = dist.get_rank(group)
+    images, texts, labels = (x.split(COUNTS)[rank] for x in batch(sum(COUNTS), 4))
+    texts, text_index = distinct_texts(texts, labels)
+    model = DistributedDataParallel(TwoTowers(drop_path=0.5), process_group=group)
+    all_reduces = []
+
+    def counted(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        all_reduces.append(bucket.index())
+        work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0] / dist.get_world_size(group))
+
+    model.register_comm_hook(None, counted)
+    cache = GradCache(model, ContrastiveLoss(process_group=group), MICRO_BATCH_SIZE)
+    for _ in range(2):  # the second step shows that the first left no reduction unfinished
+        model.zero_grad()
+        torch.manual_seed(SEED)
+        loss = cache.step(images, texts, labels, text_index)
+    return loss, gradients(model), len(all_reduces)
+
+
+@pytest.mark.dist
+def test_with_ddp_gradients_are_exact_and_reduced_once_a_step(processes):
+    results = processes.run(step_with_ddp, len(COUNTS))
+    model = TwoTowers(drop_path=0.5)
+    images, texts, labels = batch(sum(COUNTS), 4)
+    features = []
+    for x, t, y in zip(images.split(COUNTS), texts.split(COUNTS), labels.split(COUNTS), strict=True):
+        t, text_index = distinct_texts(t, y)
+        u, v = one_graph(model, x, t, MICRO_BATCH_SIZE)
+        features.append((u, v[text_index]))
+    u, v = (torch.cat(column) for column in zip(*features, strict=True))
+    wanted = contrastive_loss_reference(u, v, model.logit_scale.exp(), labels)
+    wanted.backward()
+    for loss, grads, all_reduces in results:
+        torch.testing.assert_close(loss, wanted.detach(), rtol=1e-12, atol=0)
+        assert_gradients_equal(grads, gradients(model))
+        assert all_reduces == 2, "one bucket, two steps"
+
+
+IMAGES, TEXTS, LABELS = batch(4, 3)
+BAD = {
+    "empty": ((IMAGES[:0], TEXTS[:0]), "must not be empty, got 0 images and 0 texts"),
+    "fewer-texts": (
+        (IMAGES, TEXTS[:3]),
+        "must hold one text per image, 4, unless text_index spreads them; got 3",
+    ),
+    "index-dtype": ((IMAGES, TEXTS, None, LABELS.int()), r"text_index must be int64 of shape \(4,\), got torch.int32"),
+    "index-shape": ((IMAGES, TEXTS, None, LABELS[:2]), r"text_index must be int64 of shape \(4,\), got .* of \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
+def test_bad_input_is_named_before_the_model_runs(arguments, message):
+    model = TwoTowers()
+    with pytest.raises(ValueError, match=message):
+        GradCache(model, ContrastiveLoss(), 2).step(*arguments)
+    assert model.calls == []
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, None])
+def test_a_micro_batch_of_nothing_is_refused(size):
+    with pytest.raises(ValueError, match="micro_batch_size must be a positive int"):
+        GradCache(TwoTowers(), ContrastiveLoss(), size)

@@ -1,0 +1,90 @@
+"""``ContrastiveLoss`` over 1, 2 and 3 processes against the loss of the joined batch in one, by value.
+
+A rank's gradients are only right after the mean that DistributedDataParallel takes, so it is DDP that takes it here.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from florence_fast.ops import contrastive_loss, contrastive_loss_reference
+from florence_fast.train.loss import ContrastiveLoss
+from tests.train.toy import TwoTowers, assert_gradients_equal, batch, gradients
+
+# id: (pairs of rank 0, 1, 2; distinct labels, None for CLIP; reduction; chunk_size)
+CASES = {
+    "clip": ((3, 3, 3), None, "mean_directions", None),
+    "clip-unequal-sum": ((4, 1, 2), None, "sum_directions", 3),
+    "unicl": ((3, 3, 3), 4, "mean_directions", None),
+    "unicl-unequal-chunks": ((2, 5, 1), 3, "mean_directions", 2),
+    "unicl-empty-rank": ((4, 0, 3), 3, "sum_directions", None),
+}
+
+
+def step(group: dist.ProcessGroup, case: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """One step of this rank's part of the joined batch through DDP: the loss and the gradients afterwards."""
+    counts, distinct, reduction, chunk_size = CASES[case]
+    counts = counts[: dist.get_world_size(group)]
+    images, texts, labels = (x.split(counts)[dist.get_rank(group)] for x in batch(sum(counts), distinct or 6))
+    model = DistributedDataParallel(TwoTowers(), process_group=group)
+    features = model(image=images, text=texts)
+    loss = ContrastiveLoss(reduction, chunk_size, process_group=group)(*features, None if distinct is None else labels)
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def joined_step(world_size: int, case: str) -> tuple[Tensor, dict[str, Tensor]]:
+    counts, distinct, reduction, _ = CASES[case]
+    images, texts, labels = batch(sum(counts[:world_size]), distinct or 6)
+    model = TwoTowers()
+    features = model(image=images, text=texts)
+    loss = contrastive_loss_reference(*features, None if distinct is None else labels, reduction=reduction)
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def refusal_of_nothing(group: dist.ProcessGroup) -> str:
+    empty = torch.empty(0, 4)
+    with pytest.raises(ValueError) as error:
+        ContrastiveLoss(process_group=group)(empty, empty, 1.0)
+    return str(error.value)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_rank_has_the_loss_and_the_gradients_of_the_joined_batch(processes, world_size, case):
+    loss, grads = joined_step(world_size, case)
+    for got_loss, got_grads in processes.run(step, world_size, case):
+        torch.testing.assert_close(got_loss, loss, rtol=1e-12, atol=1e-12)
+        assert_gradients_equal(got_grads, grads)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_batch_that_is_empty_on_every_rank_is_refused(processes, world_size):
+    for message in processes.run(refusal_of_nothing, world_size):
+        assert message.startswith("image_features must hold at least one pair")
+
+
+def test_alone_it_is_the_op():
+    u, v, _ = TwoTowers()(*batch(6, 3)[:2])
+    labels = batch(6, 3)[2]
+    loss = ContrastiveLoss("sum_directions", chunk_size=2)
+    assert loss(u, v, 5.0, labels) == contrastive_loss(u, v, 5.0, labels, reduction="sum_directions", chunk_size=2)
+    assert loss(u, v, 5.0, output_dict=True) == {"contrastive_loss": loss(u, v, 5.0)}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"gather": "ring"}, "unknown gather 'ring'; known: all_gather"),
+        ({"reduction": "mean"}, "unknown reduction 'mean'"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+    ],
+)
+def test_what_is_not_known_is_refused_before_training(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ContrastiveLoss(**arguments)
