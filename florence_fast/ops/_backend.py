@@ -162,6 +162,7 @@ def define(
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         # What is kept gets no gradient, and must not cost one made of zeros.
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:num_tensors], *output[1:])
         ctx.values = inputs[num_tensors:]

@@ -236,13 +236,14 @@ def _probabilities(q: Tensor, k: Tensor, added: Tensor | None, kept: Tensor | No
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
     """Attend by SDPA, the windows of a map beside its heads, so that one mask of a map serves the whole batch."""
-    rows, num_heads, num_tokens, _ = q.shape
+    rows, num_heads, num_tokens, head_dim = q.shape
     windows = 1 if added is None else len(added)
+    maps = rows // windows
     if added is not None:
         added = added.expand(windows, num_heads, -1, -1).reshape(1, windows * num_heads, num_tokens, num_tokens)
-        added = added.expand(rows // windows, -1, -1, -1)
-    q, k, v = (x.view(rows // windows, windows * num_heads, num_tokens, -1) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, added, scale=1.0).reshape(rows, num_heads, num_tokens, -1)
+        added = added.expand(maps, -1, -1, -1)
+    q, k, v = (x.view(maps, windows * num_heads, num_tokens, head_dim) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, added, scale=1.0).reshape(rows, num_heads, num_tokens, head_dim)
 
 
 def _sum_windows(x: Tensor) -> Tensor:

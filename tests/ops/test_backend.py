@@ -1,0 +1,83 @@
+"""How a backend is chosen and forced, and what is said where it cannot run."""
+
+import pytest
+import torch
+
+from florence_fast import ops
+from florence_fast.ops import _backend
+
+NO_TRITON = "no Triton kernel for window_attention in this version"
+NO_NATIVE = "no native kernel for window_attention in this version"
+
+
+def call() -> torch.Tensor:
+    (args, kwargs) = ops.OPS["window_attention"].example("cpu")
+    return ops.window_attention(*args, **kwargs)
+
+
+def chosen() -> str:
+    (args, kwargs) = ops.OPS["window_attention"].example("cpu")
+    return _backend.choose("window_attention", *args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLORENCE_FAST_BACKEND", raising=False)
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    assert chosen() == "torch"
+
+
+def test_context_wins_over_variable_and_nests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLORENCE_FAST_BACKEND", "reference")
+    assert chosen() == "reference"
+    with ops.backend("torch"):
+        assert chosen() == "torch"
+        with pytest.raises(KeyError), ops.backend("reference"):
+            assert chosen() == "reference"
+            raise KeyError
+        assert chosen() == "torch"
+    with ops.backend("auto"):
+        assert chosen() == "torch"
+    assert chosen() == "reference"
+
+
+@pytest.mark.parametrize(("name", "reason"), [("triton", NO_TRITON), ("cpp", NO_NATIVE)])
+def test_forced_backend_that_cannot_run_says_why(name: str, reason: str) -> None:
+    with (
+        ops.backend(name),
+        pytest.raises(RuntimeError, match=f"backend '{name}' cannot run window_attention: {reason}"),
+    ):
+        call()
+
+
+def test_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = ops.OPS["window_attention"]
+    crippled = _backend.OpEntry(entry.name, entry.function, entry.reference, lambda *_, **__: ["a", "b"], entry.example)
+    monkeypatch.setitem(ops.OPS, "window_attention", crippled)
+    with ops.backend("torch"), pytest.raises(RuntimeError, match=r"cannot run window_attention: a; b$"):
+        call()
+
+
+def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"unknown backend 'tritn' \(did you mean 'triton'\?\)"), ops.backend("tritn"):
+        call()
+    monkeypatch.setenv("FLORENCE_FAST_BACKEND", "pytorch")
+    with pytest.raises(ValueError, match="unknown FLORENCE_FAST_BACKEND 'pytorch'"):
+        call()
+    assert not _backend._forced
+
+
+def test_explain_lists_every_op_and_backend() -> None:
+    rows = {(row.op, row.backend): row.reasons for row in ops.explain("cpu")}
+    assert set(rows) == {(op, name) for op in ops.OPS for name in _backend.BACKENDS}
+    assert rows["window_attention", "triton"] == [NO_TRITON]
+    assert rows["window_attention", "torch"] == rows["window_attention", "reference"] == []
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_every_op_runs_its_own_example(name: str) -> None:
+    entry = ops.OPS[name]
+    args, kwargs = entry.example("cpu")
+    torch.testing.assert_close(entry.function(*args, **kwargs), entry.reference(*args, **kwargs))
