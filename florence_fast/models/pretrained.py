@@ -167,9 +167,9 @@ def _fit(model: nn.Module, own: State, state: State) -> State:
     key = "text.positional_embedding"
     if key in own and key in state:
         state[key] = state[key][: len(own[key])]
-    if isinstance(model, ImageTower) and "head.weight" in state:
-        if len(state["head.weight"]) != model.config.num_classes:
-            state = {name: t for name, t in state.items() if not name.startswith("head.")}
+    head = state.get("head.weight")
+    if isinstance(model, ImageTower) and head is not None and len(head) != model.config.num_classes:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     return state
 
 

@@ -86,10 +86,10 @@ class ImageTower(SavePretrained, nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map an image (B, C, H, W) of any size to pooled features (B, num_features), or to logits (B, K).
+        """Map an image (B, C, H, W) to pooled features (B, num_features), or to logits (B, K).
 
         Raises:
-            ValueError: ``image`` is not (B, in_chans, H, W).
+            ValueError: ``image`` is not (B, in_chans, H, W), or has a side of less than 4 pixels.
             TypeError: ``image`` does not hold floating-point numbers.
         """
         return self.forward_head(self.forward_features(image))
@@ -97,6 +97,8 @@ class ImageTower(SavePretrained, nn.Module):
     def _stem(self, image: Tensor) -> Tensor:
         if image.ndim != 4 or image.shape[1] != self.config.in_chans:
             raise ValueError(f"image must have shape (B, {self.config.in_chans}, H, W), got {tuple(image.shape)}")
+        if min(image.shape[2:]) < 4:
+            raise ValueError(f"image must be at least 4 pixels wide and high, got {tuple(image.shape)}")
         if not image.is_floating_point():
             raise TypeError(f"image must hold normalised floating-point numbers, got {image.dtype}")
         return self.patch_embed(image.to(self.patch_embed.proj.weight.dtype))
