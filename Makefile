@@ -1,6 +1,6 @@
 # Every target sets itself up on a fresh machine: a virtual environment in .venv with exactly constraints.txt.
 #   make demo        pretrain florence_nano on the shipped pictures, test it on an artist it has never seen
-#   make demo-long   the same for up to an hour; interrupted, it continues where it stopped
+#   make demo-long   the same for up to an hour; either, interrupted, continues where it stopped
 #   make test        the quick tests          make test-all   the slow ones too
 #   make lint        ruff, rules and format   make clean      forget the environment and every cache
 # PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX adds a package index to look for PyTorch in: its
@@ -15,7 +15,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if
 .PHONY: demo demo-long test test-all lint clean
 
 demo: .venv/ready
-	$(BIN)/florence-fast demo --out runs/demo
+	$(BIN)/florence-fast demo --resume --out runs/demo
 
 demo-long: .venv/ready
 	$(BIN)/florence-fast demo --long --resume --out runs/demo-long

@@ -101,13 +101,27 @@ def test_refusals_of_the_commands_are_wrong_usage_too(capsys, pictures, pairs, t
     assert "one length" in refused(capsys, *train, pairs, "--steps", 1, "--epochs", 1)
     assert "--name" in refused(capsys, *train, pairs, "--resume", "latest")
     assert "did you mean 'unicl'" in refused(capsys, *train, pairs, "--loss", "unicls")
-    assert "unknown set of templates" in refused(capsys, "evaluate", "zero-shot", "--data", pairs, "--templates", "two")
+    assert "'two' is none of plain" in refused(capsys, "evaluate", "zero-shot", "--data", pairs, "--templates", "two")
     assert not (tmp_path / "logs").exists(), "a refused run left something behind"
 
 
 def empty(folder: Path) -> Path:
     (folder / "empty").mkdir()
     return folder / "empty"
+
+
+def test_demo_passes_its_flags_on_and_keeps_an_earlier_run(capsys, monkeypatch, tmp_path):
+    import florence_fast.demo
+
+    asked = []
+    monkeypatch.setattr(florence_fast.demo, "run", lambda out, **flags: asked.append((out, flags)) or {})
+    assert main(["demo", "--out", str(tmp_path), "--long", "--steps", "3", "--seed", "7", "--loss", "clip"]) == 0
+    assert asked == [(tmp_path, {"long": True, "steps": 3, "seed": 7, "loss": "clip", "resume": False})]
+    (tmp_path / "training/checkpoints").mkdir(parents=True)
+    (tmp_path / "training/checkpoints/step_5.pt").write_bytes(b"")
+    assert "holds a run already: --resume goes on" in refused(capsys, "demo", "--out", tmp_path)
+    assert main(["demo", "--out", str(tmp_path), "--resume"]) == 0
+    assert asked[1][1]["resume"] and len(asked) == 2
 
 
 def test_predict_ranks_its_texts(capsys, pictures, tmp_path):
@@ -142,7 +156,7 @@ def test_train_writes_a_run_and_continues_it(pairs, tmp_path, capsys):
     losses = [json.loads(line)["loss"] for line in (checkpoints / "results.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
     capsys.readouterr()
-    assert "--resume latest continues it" in refused(capsys, *common, "--steps", "2")
+    assert "--resume goes on with it" in refused(capsys, *common, "--steps", "2")
     assert main([*common, "--steps", "2", "--resume", "latest"]) == 0
 
 
@@ -157,14 +171,14 @@ def test_train_flags_set_the_fields_that_they_name(pairs, tmp_path, monkeypatch)
 
         def run(self, resume=None):
             seen["resume"] = resume
-            return {}
+            return {"status": "stopped", "step": 1, "checkpoint": "none", "signal": "SIGINT"}
 
     monkeypatch.setattr(florence_fast.train, "Trainer", Recorder)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"lr": 0.25, "beta1": 0.5, "batch_size": 7}))
     flags = "--epochs 4 --batch-size 1 --accum-freq 3 --lr 0.125 --wd 0.5 --warmup 1 --workers 0 --save-frequency 2"
     args = ["train", "--train-data", str(pairs), "--config", str(file), "--logs", str(tmp_path), "--name", "n"]
-    assert main([*args, "--device", "cpu", "--loss", "clip", "--force-image-size", "32", *flags.split()]) == 0
+    assert main([*args, "--device", "cpu", "--loss", "clip", "--force-image-size", "32", *flags.split()]) == 130
     config = seen["config"]
     assert (config.batch_size, config.micro_batch_size, config.save_every_steps) == (3, 1, 2)
     assert [(stage.steps, stage.image_size) for stage in config.stages] == [(4, 32)]

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from florence_fast.cli.usage import BatchSize, Device, Model, Precision, Pretrained, load, refusals_as_wrong_usage
+from florence_fast.cli.usage import (
+    BatchSize,
+    Device,
+    Model,
+    Precision,
+    Pretrained,
+    load,
+    one_of,
+    refusals_as_wrong_usage,
+)
 from florence_fast.files import write_json
 
 if TYPE_CHECKING:
@@ -34,7 +43,12 @@ def zero_shot(
         typer.Option("--classnames", help="Text file, one class name a line.", show_default="the texts of --data"),
     ] = None,
     templates: Annotated[
-        str, typer.Option("--templates", help="plain (the name itself), simple (7) or openai (80 sentences).")
+        str,
+        typer.Option(
+            "--templates",
+            callback=one_of(*TEMPLATE_SETS),
+            help="plain (the name itself), simple (7) or openai (80 sentences).",
+        ),
     ] = "plain",
     model: Model = "florence_nano",
     pretrained: Pretrained = "artists",
@@ -51,7 +65,7 @@ def zero_shot(
         source, texts = with_texts(_open(data))
         names = _class_names(classnames, data, texts)
         class_indices(texts, names)
-        sentences = _template_set(templates)
+    sentences = _template_set(templates)
     net, tokenizer = load(model, pretrained, device)
     figures = measure(
         net, tokenizer, source, names, sentences, batch_size=batch_size, precision=precision, progress=True
@@ -104,12 +118,9 @@ def _class_names(file: Path | None, data: str, texts: list[str]) -> list[str]:
 
 def _template_set(name: str) -> list[str]:
     from florence_fast.data.prompts import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
-    from florence_fast.errors import unknown
 
-    sets = dict(zip(TEMPLATE_SETS, (["{}"], SIMPLE_IMAGENET_TEMPLATES, OPENAI_IMAGENET_TEMPLATES), strict=True))
-    if name not in sets:
-        raise unknown("set of templates", name, TEMPLATE_SETS)
-    return list(sets[name])
+    sets = (["{}"], SIMPLE_IMAGENET_TEMPLATES, OPENAI_IMAGENET_TEMPLATES)
+    return list(sets[TEMPLATE_SETS.index(name)])
 
 
 def _report(

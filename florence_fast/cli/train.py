@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from florence_fast.cli.usage import Model, WrongUsage, load, pick_device, refusals_as_wrong_usage
+from florence_fast.cli.usage import (
+    Model,
+    WrongUsage,
+    exit_if_interrupted,
+    load,
+    pick_device,
+    refusals_as_wrong_usage,
+    refuse_earlier_run,
+)
 
 if TYPE_CHECKING:
     from florence_fast.train import TrainConfig
@@ -79,7 +87,8 @@ def command(
 
     from florence_fast.data import BatchAugment, open_pairs
     from florence_fast.models import get_model_config
-    from florence_fast.train import TrainConfig, Trainer, init_distributed, world_size
+    from florence_fast.train import TrainConfig, Trainer, init_distributed
+    from florence_fast.train.distributed import world_size
 
     with refusals_as_wrong_usage():
         image_size = force_image_size or get_model_config(model).image.img_size
@@ -93,8 +102,9 @@ def command(
     torch.manual_seed(run.seed)
     net, tokenizer = load(model, pretrained, device)
     pixels = BatchAugment(net.config.image_mean, net.config.image_std) if augment else None
-    Trainer(net, tokenizer, source, run, folder, augment=pixels).run(resume=resume)
-    print(f"checkpoints: {folder / 'checkpoints'}")
+    result = Trainer(net, tokenizer, source, run, folder, augment=pixels).run(resume=resume)
+    print(f"{result['status']} at step {result['step']} of {run.total_steps}: {result['checkpoint']}")
+    exit_if_interrupted(result)
 
 
 def _run_folder(logs: Path, name: str | None, model: str, resume: str | None) -> Path:
@@ -102,8 +112,8 @@ def _run_folder(logs: Path, name: str | None, model: str, resume: str | None) ->
     if name is None and (resume == "latest" or "RANK" in os.environ):
         raise ValueError("--name is needed with --resume latest and under torchrun, to say which run it is")
     folder = logs / (name or f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}")
-    if resume is None and (folder / "checkpoints").exists():
-        raise ValueError(f"{folder} holds a run already: --resume latest continues it, another --name starts anew")
+    if resume is None:
+        refuse_earlier_run(folder)
     if resume not in (None, "latest") and not Path(resume).is_file():
         raise FileNotFoundError(f"no such checkpoint: {resume}")
     return folder

@@ -1,7 +1,8 @@
 """What the commands share: refusals become wrong usage, and a model is loaded with its tokenizer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,13 +14,16 @@ if TYPE_CHECKING:
 
 REFUSALS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError)
 
-PRECISIONS = ("fp32", "amp_bf16", "amp")
 
+def one_of(*known: str) -> Callable[[str], str]:
+    """Return an option's callback that lets only ``known`` words through."""
 
-def _known_precision(word: str) -> str:
-    if word not in PRECISIONS:
-        raise typer.BadParameter(f"{word!r} is none of {', '.join(PRECISIONS)}{did_you_mean(word, PRECISIONS)}")
-    return word
+    def check(word: str) -> str:
+        if word not in known:
+            raise typer.BadParameter(f"{word!r} is none of {', '.join(known)}{did_you_mean(word, known)}")
+        return word
+
+    return check
 
 
 Model = Annotated[str, typer.Option("--model", help="Name of the model; an unknown one lists those that there are.")]
@@ -27,7 +31,9 @@ Pretrained = Annotated[
     str | None, typer.Option("--pretrained", help="Weights: a tag, a folder or a file; 'none' for random ones.")
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1; by default a GPU if there is one.")]
-Precision = Annotated[str, typer.Option("--precision", callback=_known_precision, help="fp32, amp_bf16 or amp.")]
+Precision = Annotated[
+    str, typer.Option("--precision", callback=one_of("fp32", "amp_bf16", "amp"), help="fp32, amp_bf16 or amp.")
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures or texts in one forward pass.")]
 
 
@@ -45,6 +51,18 @@ def refusals_as_wrong_usage() -> Iterator[None]:
         yield
     except REFUSALS as error:
         raise WrongUsage(" ".join(str(error).split())) from error
+
+
+def refuse_earlier_run(folder: Path) -> None:
+    """Refuse to start a new run in a folder that holds checkpoints of another."""
+    if any(folder.glob("checkpoints/step_*.pt")):
+        raise WrongUsage(f"{folder} holds a run already: --resume goes on with it, another folder starts anew")
+
+
+def exit_if_interrupted(result: dict[str, Any]) -> None:
+    """Leave with the exit code of Ctrl-C when that is what ended a run; after SIGTERM the run has ended as asked."""
+    if result.get("signal") == "SIGINT":
+        raise typer.Exit(130)
 
 
 def load(model: str, pretrained: str | None, device: str | None) -> tuple["nn.Module", Any]:
