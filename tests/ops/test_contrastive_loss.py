@@ -199,6 +199,14 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.florence_fast.contrastive_loss.default, (*tensors, labels, labels, 4, "torch"))
 
 
+@pytest.mark.parametrize("needs", [[True] * 3, [False, True, False]], ids=["all", "texts-alone"])
+def test_opcheck_of_the_backward_with_strided_features(needs):
+    u, v, scale, labels = inputs((6, 4, 3, None), torch.float32)
+    u, v = (x.T.contiguous().T for x in (u, v))
+    arguments = (torch.randn(18), u, v, scale, labels, labels, torch.randn(12), [*needs, False, False], 4, "torch")
+    torch.library.opcheck(torch.ops.florence_fast.contrastive_loss_backward.default, arguments)
+
+
 @pytest.mark.parametrize("distinct", [None, 3], ids=["clip", "unicl"])
 def test_compiles_into_one_graph(distinct):
     arguments = inputs((6, 4, distinct, None))
