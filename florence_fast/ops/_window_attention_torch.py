@@ -52,7 +52,8 @@ def window_attention_fwd(
     cut = cut_map(qkv.shape[1:-1], tuple(window_size), tuple(shift_size))
     dtype = _compute_dtype(qkv, cut, logit_scale)
     added = _added_to_scores(rel_pos_bias_table, bias, cut, tuple(window_size), cyclic, pad_mode, qkv.device, dtype)
-    kept = qkv.new_empty(len(qkv) * cut.num_windows if train else 0, num_heads, cut.num_tokens, cut.num_tokens)
+    shape = (len(qkv) * cut.num_windows, num_heads, cut.num_tokens, cut.num_tokens) if train else (0,)
+    kept = qkv.new_empty(shape)
     outs = []
     for images, windows in _slices(qkv, cut, num_heads, dtype):
         q, k, v = partition(qkv[images], cut, 3, num_heads, dtype, fill=qkv_bias)
@@ -64,7 +65,7 @@ def window_attention_fwd(
         else:
             out = _probabilities(q, k, added) @ v
         outs.append(crop(merge(out[None], cut, qkv.dtype), cut))
-    return _join(outs), kept if train else qkv.new_empty(0)
+    return _join(outs), kept
 
 
 def window_attention_bwd(
@@ -90,7 +91,6 @@ def window_attention_bwd(
     wide = {"dtype": torch.promote_types(dtype, torch.float32), "device": qkv.device}
     d_added = torch.zeros(num_heads, cut.num_tokens, cut.num_tokens, **wide)
     d_log, d_fill, d_qkvs = torch.zeros(num_heads, **wide), torch.zeros(qkv.shape[-1], **wide), []
-    pads = is_pad(cut, qkv.device)
     for images, windows in _slices(qkv, cut, num_heads, dtype):
         q, k, v = partition(qkv[images], cut, 3, num_heads, dtype, fill=qkv_bias)
         (d_out,) = partition(grad_out[images], cut, 1, num_heads, dtype)
@@ -98,22 +98,16 @@ def window_attention_bwd(
         d_scores = torch._softmax_backward_data(d_out @ v.mT, p, -1, dtype)
         if needs_table or needs_bias:
             d_added += _sum_windows(d_scores)
-        if not (needs_qkv or needs_logit_scale or needs_qkv_bias):
-            continue
-        q_scaled, k_scaled = _scaled(q, k, scale, logit_scale)
-        d_parts = torch.empty(3, *q.shape, dtype=dtype, device=q.device)
-        _product(d_scores, k_scaled, out=d_parts[0])
-        _product(d_scores.mT, q_scaled, out=d_parts[1])
-        _product(p.mT, d_out, out=d_parts[2])
-        if logit_scale is None:
-            d_parts[0].mul_(scale)
-        else:
-            d_log += _through_cosine_(d_parts, q, k, logit_scale)
-        d_map = merge(d_parts, cut, qkv.dtype)
-        if needs_qkv_bias:
-            d_fill += torch.where(pads, d_map, 0).flatten(0, -2).sum(0, dtype=wide["dtype"])
-        if needs_qkv:
+        if needs_qkv or needs_logit_scale or needs_qkv_bias:
+            d_parts = _through_products(d_scores, p, d_out, *_scaled(q, k, scale, logit_scale))
+            if logit_scale is None:
+                d_parts[0].mul_(scale)
+            else:
+                d_log += _through_cosine_(d_parts, q, k, logit_scale)
+            d_map = merge(d_parts, cut, qkv.dtype)
             d_qkvs.append(crop(d_map, cut))
+            if needs_qkv_bias:
+                d_fill += torch.where(is_pad(cut, qkv.device), d_map, 0).flatten(0, -2).sum(0, dtype=wide["dtype"])
     window = tuple(window_size)
     return (
         _join(d_qkvs) if needs_qkv else None,
@@ -184,6 +178,14 @@ def _scaled(q: Tensor, k: Tensor, scale: float, logit_scale: Tensor | None) -> t
     return _normalised(q)[0] * _factor(logit_scale, q.dtype), _normalised(k)[0]
 
 
+def _through_products(d_scores: Tensor, p: Tensor, d_out: Tensor, q_scaled: Tensor, k_scaled: Tensor) -> Tensor:
+    """Give the gradients of the scaled q and k and of v, (3, B*M, h, N, d), each product into its place."""
+    d_parts = torch.empty(3, *d_out.shape, dtype=d_out.dtype, device=d_out.device)
+    for place, a, b in zip(d_parts, (d_scores, d_scores.mT, p.mT), (k_scaled, q_scaled, d_out), strict=True):
+        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=place.flatten(0, 1))
+    return d_parts
+
+
 def _through_cosine_(d_parts: Tensor, q: Tensor, k: Tensor, logit_scale: Tensor) -> Tensor:
     """Turn the gradients of the scaled q and k, in place, into those of q and k; return that of ``logit_scale``."""
     (q_hat, q_inverse), (k_hat, k_inverse) = _normalised(q), _normalised(k)
@@ -252,10 +254,6 @@ def _sum_windows(x: Tensor) -> Tensor:
     On a CPU a sum of bf16 accumulates in float32 by itself, and ``dtype=`` would first write a float32 copy.
     """
     return x.sum(0) if x.device.type == "cpu" else x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
 
 
 def _fold_into_table(d_added: Tensor, cut: Cut, window_size: tuple[int, ...], table: Tensor) -> Tensor:

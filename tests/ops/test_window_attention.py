@@ -60,7 +60,7 @@ CASES = {
     "ragged-filled": Case((5, 7), (3, 4), (0, 0), pad_mode="bias", term="bias"),
     "ragged-filled-shifted": Case((5, 7), (3, 4), (1, 2), pad_mode="bias"),
     "cyclic-columns": Case((4, 6), (2, 3), (1, 2), cyclic=(False, True)),
-    "cyclic-ragged": Case((5, 7), (3, 4), (1, 2), cyclic=(True, False)),
+    "cyclic-ragged-cosine": Case((5, 7), (3, 4), (1, 2), cyclic=(True, False), cosine=True),
     "map-smaller": Case((2, 6), (3, 4), (1, 2)),
     "map-smaller-whole-bias": Case((2, 1), (3, 4), (1, 2), term="bias", pad_mode="bias"),
     "cosine": Case((5, 4), (3, 2), (1, 1), cosine=True, pad_mode="bias"),
