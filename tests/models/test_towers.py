@@ -53,6 +53,15 @@ def test_features_are_what_the_stages_hold(config):
     assert torch.equal(last, final)
 
 
+def test_stopping_early_runs_no_later_stage():
+    tower, ran = build_tower(COSWIN), []
+    tower.layers[1].register_forward_hook(lambda *_: ran.append(1))
+    tower.forward_intermediates(torch.randn(1, 3, 32, 32), (0,), stop_early=True)
+    assert not ran
+    tower.forward_intermediates(torch.randn(1, 3, 32, 32), (0,))
+    assert ran
+
+
 @KINDS
 def test_features_only_drops_what_nobody_reads(config):
     tower, image = build_tower(config).eval(), torch.randn(1, 3, 32, 32)
@@ -182,6 +191,15 @@ def test_second_block_of_a_stage_sees_across_windows():
         corner = model.forward_features(image)[0, 3, 3].square().sum()
         (seen,) = torch.autograd.grad(corner, image)
         assert bool(seen[..., 17:].any()) is sees, "token 3 of the first window of 4 ends at pixel 16"
+
+
+def test_coswin_leaves_pads_out_of_sight():
+    attention = build_tower(COSWIN).layers[0].blocks[0].attn
+    torch.nn.init.normal_(attention.qkv.bias)
+    x = torch.randn(1, 5, 5, 8)  # the last token stands alone in its window of 4: it sees itself
+    alone = attention.proj(attention.qkv(x)[..., 16:])
+    torch.testing.assert_close(attention(x)[0, 4, 4], alone[0, 4, 4])
+    assert not torch.allclose(attention(x)[0, 3, 3], alone[0, 3, 3])
 
 
 def test_a_tower_compiles_without_a_break():
