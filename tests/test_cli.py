@@ -174,16 +174,18 @@ def test_train_flags_set_the_fields_that_they_name(pairs, tmp_path, monkeypatch)
             return {"status": "stopped", "step": 1, "checkpoint": "none", "signal": "SIGINT"}
 
     monkeypatch.setattr(florence_fast.train, "Trainer", Recorder)
+    header, *rows = pairs.read_text().splitlines()
+    pairs.write_text("\n".join([header, *rows, *rows]) + "\n")
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"lr": 0.25, "beta1": 0.5, "batch_size": 7}))
     flags = "--epochs 4 --batch-size 1 --accum-freq 3 --lr 0.125 --wd 0.5 --warmup 1 --workers 0 --save-frequency 2"
     args = ["train", "--train-data", str(pairs), "--config", str(file), "--logs", str(tmp_path), "--name", "n"]
     assert main([*args, "--device", "cpu", "--loss", "clip", "--force-image-size", "32", *flags.split()]) == 130
     config = seen["config"]
-    assert (config.batch_size, config.micro_batch_size, config.save_every_steps) == (3, 1, 2)
-    assert [(stage.steps, stage.image_size) for stage in config.stages] == [(4, 32)]
+    assert (config.batch_size, config.micro_batch_size, config.save_every_steps) == (3, 1, 4)
+    assert [(stage.steps, stage.image_size) for stage in config.stages] == [(8, 32)]
     assert (config.lr, config.beta1, config.weight_decay, config.warmup, config.loss) == (0.125, 0.5, 0.5, 1, "clip")
-    assert (seen["out_dir"], seen["pairs"], seen["resume"], seen["augment"]) == (tmp_path / "n", 3, None, None)
+    assert (seen["out_dir"], seen["pairs"], seen["resume"], seen["augment"]) == (tmp_path / "n", 6, None, None)
 
 
 def test_train_shows_the_defaults_of_the_engine():

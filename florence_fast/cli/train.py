@@ -88,7 +88,7 @@ def command(
     from florence_fast.data import BatchAugment, open_pairs
     from florence_fast.models import get_model_config
     from florence_fast.train import TrainConfig, Trainer, init_distributed
-    from florence_fast.train.distributed import world_size
+    from florence_fast.train.distributed import rank, world_size
 
     with refusals_as_wrong_usage():
         image_size = force_image_size or get_model_config(model).image.img_size
@@ -103,7 +103,8 @@ def command(
     net, tokenizer = load(model, pretrained, device)
     pixels = BatchAugment(net.config.image_mean, net.config.image_std) if augment else None
     result = Trainer(net, tokenizer, source, run, folder, augment=pixels).run(resume=resume)
-    print(f"{result['status']} at step {result['step']} of {run.total_steps}: {result['checkpoint']}")
+    if rank() == 0:
+        print(f"{result['status']} at step {result['step']} of {run.total_steps}: {result['checkpoint']}")
     exit_if_interrupted(result)
 
 
