@@ -167,7 +167,11 @@ def test_no_tensor_is_larger_than_the_features_or_a_tile():
 def test_scale_may_be_a_number_or_hold_one_value():
     u, v, scale, labels = inputs((6, 4, 3, None))
     wanted = contrastive_loss(u, v, scale, labels)
-    assert contrastive_loss(u, v, 9.0, labels) == contrastive_loss(u, v, scale.reshape(1), labels) == wanted
+    one_value = scale.reshape(1).requires_grad_()
+    loss = contrastive_loss(u, v, one_value, labels)
+    loss.backward()
+    assert contrastive_loss(u, v, 9.0, labels) == loss == wanted
+    assert loss.shape == () and one_value.grad == with_gradients(contrastive_loss, u, v, scale, labels)[3]
 
 
 def test_features_need_not_be_contiguous():
@@ -216,7 +220,12 @@ def test_compiles_into_one_graph(distinct):
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
 
 
-def test_reference_backend_can_be_differentiated_twice():
+def test_reference_backend_is_the_definition_and_can_be_differentiated_twice():
+    arguments = inputs((40, 8, 11, None), torch.float32)
+    wanted = with_gradients(contrastive_loss_reference, *arguments)
+    with _backend.backend("reference"):
+        got = with_gradients(contrastive_loss, *arguments)
+    assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
     u, v, scale, labels = inputs((5, 3, 2, None))
     leaves = [x.requires_grad_() for x in (u, v, scale)]
     with _backend.backend("reference"):
