@@ -1,6 +1,7 @@
 """Checkpoints are whole or passed over by name, few enough, and readable without unpickling anything but tensors."""
 
 import logging
+import os
 import subprocess
 from pathlib import Path
 
@@ -119,6 +120,27 @@ def test_a_failing_write_leaves_the_earlier_checkpoint_and_no_leftovers(tmp_path
     (tmp_path / "step_5.pt.123.tmp").write_bytes(b"half")
     store.remove_leftovers()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the digest has its name before the checkpoint, the checkpoint before the pointer."""
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(descriptor: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        events.append("sync " + name.split(f".{os.getpid()}")[0])
+        fsync(descriptor)
+
+    def watched_replace(beside: Path, path: Path) -> None:
+        events.append(f"name {path.name}")
+        replace(beside, path)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    CheckpointStore(tmp_path).save(1, _state(1))
+    files = ("step_1.pt.sha256", "step_1.pt", "latest")
+    assert events == [event for file in files for event in (f"sync {file}", f"name {file}", f"sync {tmp_path.name}")]
 
 
 def test_a_pickled_object_is_not_read(tmp_path: Path) -> None:

@@ -104,9 +104,10 @@ def test_tensorboard_gets_every_scalar(tmp_path: Path) -> None:
     assert "train/samples_per_second" in events.Tags()["scalars"]
 
 
-def test_results_after_the_step_and_torn_lines_are_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ['{"step": 2, "to', '{"step": 2}', "\x00\x00\n"])
+def test_results_after_the_step_and_torn_lines_are_dropped(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "results.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "top1": 0.5}\n{"step": 3}\n{"step": 2, "to')
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "top1": 0.5}\n{"step": 3}\n' + torn)
     assert truncate_results(path, step=2) == 2
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "top1": 0.5}\n'
     assert truncate_results(path, step=2) == 0
@@ -125,9 +126,10 @@ def test_starting_at_a_step_drops_what_was_logged_after_it(tmp_path: Path) -> No
 
 def test_the_stopwatch_does_not_count_pauses() -> None:
     watch = Stopwatch(100.0)
+    time.sleep(0.1)
     with watch.paused():
-        time.sleep(0.2)
-    assert 100.0 <= watch.seconds < 100.15
+        time.sleep(0.5)
+    assert 100.1 <= watch.seconds < 100.5
 
 
 def test_interval_times_average_over_steps() -> None:
