@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from florence_fast.models.config import ImageConfig
-from florence_fast.models.layers import drop_path_rates, init_weights
+from florence_fast.models.layers import drop_path_rates, init_weights, quieten_branches
 from florence_fast.models.saving import SavePretrained
 from florence_fast.models.swin_block import Stage, SwinBlock, WindowAttention
 
@@ -70,6 +70,8 @@ class ImageTower(SavePretrained, nn.Module):
             init_weights(module)
             if isinstance(module, WindowAttention):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+        blocks = [block for stage in self.layers for block in stage.blocks]
+        quieten_branches([output for block in blocks for output in (block.attn.proj, block.mlp.fc2)])
 
     def forward_features(self, image: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to the last stage's normalised map (B, H/32, W/32, num_features)."""
