@@ -8,6 +8,7 @@ from PIL import Image
 
 import florence_fast as ff
 from florence_fast.models import FeatureExtractor, Florence, registry
+from tests.models.test_text import texts
 from tests.models.tiny import COSWIN, FLORENCE
 
 
@@ -55,9 +56,9 @@ def test_precision_words(precision, dtype):
     kept = {n for n in dtypes if n.endswith(("relative_position_bias_table", "logit_scale"))}
     assert {dtypes[name] for name in kept} == {torch.float32}
     assert {dtypes[name] for name in dtypes.keys() - kept} == {dtype}
-    u, _, factor = model(torch.randn(1, 3, 32, 32))
-    assert (u.dtype, factor.dtype) == (dtype, torch.float32)
-    assert u.isfinite().all()
+    u, v, factor = model(torch.randn(1, 3, 32, 32), texts(4))
+    assert (u.dtype, v.dtype, factor.dtype) == (dtype, dtype, torch.float32)
+    assert u.isfinite().all() and v.isfinite().all()
 
 
 def test_fp16_weights():
