@@ -5,7 +5,6 @@ Members of one key are one pair: ``KEY.webp`` (png, jpg, jpeg) with ``KEY.txt``,
 read. A plain tar is read in place; a ``.tar.gz`` has no places to jump to and is unpacked into memory.
 """
 
-import gzip
 import io
 import itertools
 import json
@@ -157,14 +156,18 @@ class TarPairs(PairSource):
 
 def _unpack(path: Path) -> bytes:
     """Unpack a gzipped shard, as far as it goes."""
-    unpacked = io.BytesIO()
-    try:
-        with gzip.open(path) as packed:
-            while piece := packed.read(1 << 20):
-                unpacked.write(piece)
-    except (EOFError, OSError, zlib.error) as error:
-        logger.warning("%s: %s", path, error)
-    return unpacked.getvalue()
+    unpacked, unpacker = bytearray(), zlib.decompressobj(wbits=31)
+    with open(path, "rb") as file:
+        try:
+            while piece := file.read(1 << 16):
+                while piece:
+                    unpacked += unpacker.decompress(piece)
+                    piece = unpacker.unused_data
+                    if unpacker.eof:
+                        unpacker = zlib.decompressobj(wbits=31)
+        except zlib.error as error:
+            logger.warning("%s is damaged: %s", path, error)
+    return bytes(unpacked)
 
 
 def _list_members(path: Path, unpacked: bytes | None) -> tuple[list[tuple[str, tuple[int, int]]], bool]:

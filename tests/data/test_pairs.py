@@ -111,10 +111,10 @@ def test_a_folder_of_classes_and_captions(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_tars_is_read_as_shards(tmp_path: Path) -> None:
-    for name in ("b", "a"):
+    for name in "hgfedcba":
         write_tar(tmp_path / f"{name}.tar", sample(name, f"text {name}"))
     source = open_pairs(tmp_path)
-    assert [source.texts(i).text for i in range(len(source))] == ["text a", "text b"]
+    assert [source.texts(i).text for i in range(len(source))] == [f"text {name}" for name in "abcdefgh"]
 
 
 def test_several_sources_are_joined_in_order(folder: Path) -> None:

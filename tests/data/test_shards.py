@@ -5,6 +5,7 @@ import logging
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from florence_fast.data.pairs import PairText
@@ -107,8 +108,26 @@ def test_a_shard_cut_short_is_used_up_to_the_cut(
             source.image(1)
 
 
+@pytest.mark.parametrize("damage", ["cut-short", "overwritten"])
+def test_a_damaged_gzip_is_used_up_to_the_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+    noise = np.random.default_rng(0).bytes(200_000)
+    members = sample("one", "first") | {"noise.png": noise, "noise.txt": b"second"} | sample("two", "third")
+    packed = bytearray(write_tar(tmp_path / "a.tar.gz", members).read_bytes())
+    packed[150_000:] = b"" if damage == "cut-short" else b"\xff" * len(packed[150_000:])
+    (tmp_path / "a.tar.gz").write_bytes(packed)
+    source = TarPairs([tmp_path / "a.tar.gz"])
+    assert source.texts(0).text == "first" and source.image(0).size == (8, 8)
+    assert len(source) <= 2 and "a.tar.gz is " in caplog.text
+
+
+def test_a_gzip_of_several_parts_is_joined(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "a.tar", sample("one", "first") | sample("two", "second")).read_bytes()
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(whole[:700]) + gzip.compress(whole[700:]))
+    assert [sample.key for sample in TarPairs([tmp_path / "b.tar.gz"]).samples] == ["one", "two"]
+
+
 def test_a_whole_shard_is_no_cause_for_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    TarPairs([write_tar(tmp_path / "a.tar", sample("one", "first"))])
+    TarPairs([write_tar(tmp_path / f"a{suffix}", sample("one", "first")) for suffix in (".tar", ".tar.gz")])
     assert not caplog.records
 
 

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 @pytest.mark.parametrize("crop", ["squash", "random_resized"])
 @pytest.mark.parametrize("cache", [True, False])
-def test_batches_are_the_same_with_two_workers(tmp_path: Path, crop: str, cache: bool) -> None:
+def test_batches_are_the_same_with_two_workers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, crop: str, cache: bool
+) -> None:
     members: dict[str, bytes] = {}
     for n in range(45):
         members |= sample(f"{n}", f"text {n}", (n, 2 * n, 3 * n), keywords=[f"key {n}"])
@@ -36,6 +38,7 @@ def test_batches_are_the_same_with_two_workers(tmp_path: Path, crop: str, cache:
         assert torch.equal(one.images, other.images) and torch.equal(one.indices, other.indices)
         assert torch.equal(one.labels, other.labels) and one.texts == other.texts and one.skipped == other.skipped
     assert with_workers.samples_bad == without.samples_bad > 0
+    assert caplog.text.count("skipping pair 7, ") == 2, "each of the two loaders names it once"
 
 
 class ProcessPairs(ListPairs):
