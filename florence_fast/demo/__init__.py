@@ -1,0 +1,150 @@
+"""The demo: learn words from pictures by six artists, then read a seventh, never seen.
+
+``run`` trains ``florence_nano`` from nothing with the same engine as ``florence-fast train``, measures it on the
+held-out artist and writes a folder that explains itself.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from florence_fast.data.artists import artists_names, artists_test, artists_train
+from florence_fast.data.transforms import image_transform
+from florence_fast.demo.curves import draw_curves
+from florence_fast.demo.recipe import LONG, QUICK, augmentation, rehearsal
+from florence_fast.demo.report import write_report
+from florence_fast.demo.sheets import draw_queries, draw_readings
+from florence_fast.evaluate import retrieval, zero_shot
+from florence_fast.files import write_json
+from florence_fast.models import create_model, get_tokenizer
+from florence_fast.provenance import provenance
+from florence_fast.train.engine import Trainer
+
+__all__ = ["run"]
+
+logger = logging.getLogger(__name__)
+
+MODEL = "florence_nano"
+BASELINE = Path(__file__).parents[2] / "bench" / "results" / "demo_clip_baseline.json"
+
+
+def run(
+    out: Path, *, long: bool = False, steps: int | None = None, loss: str = "unicl", resume: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """Train, evaluate on the unseen artist, and write the report.
+
+    Args:
+        out: folder for ``results.json``, ``curves.png``, ``queries.png``, ``readings.png``, ``report.html``,
+            ``model/`` (weights and config) and ``training/`` (checkpoints and logs).
+        long: take the recipe of an hour instead of the one of minutes.
+        steps: train this many steps only: a rehearsal of the whole path, whose figures mean nothing.
+        loss: "unicl", or "clip" for the comparison in which only a picture's own text is right.
+        resume: go on with the run in ``out``; without it an earlier run there is an error.
+        seed: of the weights, the data order and the augmentation.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        FileExistsError: ``out`` holds an earlier run and ``resume`` is False.
+
+    >>> run(Path("runs/demo"))["zero_shot"]["top1"]
+    """
+    recipe = LONG if long else QUICK
+    config = recipe.config(loss=loss, seed=seed)
+    if steps is not None:
+        config = rehearsal(config, steps)
+    torch.manual_seed(seed)
+    model, tokenizer = create_model(MODEL), get_tokenizer(MODEL)
+    names, test = artists_names(), artists_test()
+
+    def measure(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
+        """Ask for the unseen artist at the size of the current stage."""
+        size = config.stage_at(trainer.step - 1)[1].image_size
+        found = zero_shot(model, tokenizer, test, names, transform=eval_transform(model, size), precision="amp_bf16")
+        shares = {key: found[key] for key in ("top1", "top5", "top10")}
+        logger.info("unseen artist at %d px: top-1 %.3f, top-5 %.3f", size, shares["top1"], shares["top5"])
+        return {"image_size": size, **shares}
+
+    trainer = Trainer(
+        model,
+        tokenizer,
+        artists_train(),
+        config,
+        out / "training",
+        augment=augmentation(model.config),
+        on_interval=measure,
+    )
+    trained = trainer.run(resume="latest" if resume else None)
+    if trained["status"] != "finished":
+        logger.info("stopped at step %d of %d; --resume goes on", trained["step"], config.total_steps)
+        return trained
+
+    model.eval()
+    model.save_pretrained(out / "model")
+    results = {
+        "model": MODEL,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "recipe": recipe.name,
+        "loss": loss,
+        "seconds": trained["seconds"],
+        "images_per_second": trained["images_per_second"],
+        "steps": trained["step"],
+        "images_seen": trained["position"],
+        "zero_shot": zero_shot(model, tokenizer, test, names, precision="amp_bf16", progress=True),
+        "retrieval": retrieval(model, tokenizer, test, precision="amp_bf16", progress=True),
+        "clip_baseline": read_baseline(),
+        "seed": seed,
+        "config": config.to_dict(),
+        **provenance(),
+    }
+    write_json(out / "results.json", results)
+    draw_curves(out / "curves.png", read_history(trainer.log.results_path))
+    draw_queries(out / "queries.png", model, tokenizer)
+    draw_readings(out / "readings.png", model, tokenizer, names)
+    write_report(out / "report.html", results, out)
+    print_summary(results, out)
+    return results
+
+
+def eval_transform(model: torch.nn.Module, size: int) -> Any:
+    """The model's evaluation transform at another picture size."""
+    return image_transform(size, is_train=False, mean=model.config.image_mean, std=model.config.image_std)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Read the run's records, those of training and those of evaluation, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_baseline() -> dict[str, Any] | None:
+    """Read the recorded run with CLIP's loss, or None where the package stands without its repository."""
+    if not BASELINE.is_file():
+        return None
+    recorded = json.loads(BASELINE.read_text(encoding="utf-8"))
+    wanted = ("recipe", "zero_shot", "retrieval", "seconds", "steps", "command", "commit", "date")
+    return {key: recorded[key] for key in wanted}
+
+
+def print_summary(results: dict[str, Any], out: Path) -> None:
+    """Print the figures that matter and where to look next."""
+    found, recalls = results["zero_shot"], results["retrieval"]
+    table = Table(title=f"an artist never seen: {found['images']} pictures against {found['classes']} names")
+    for column in ("", "first", "among 5", "among 10"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = {
+        "name of the picture": [found[key] for key in ("top1", "top5", "top10")],
+        "picture to text": recalls["image_to_text"].values(),
+        "text to picture": recalls["text_to_image"].values(),
+    }
+    for name, shares in rows.items():
+        table.add_row(name, *(f"{share:.1%}" for share in shares))
+    console = Console()
+    console.print(table)
+    console.print(f"trained for {results['seconds']:.0f} s at {results['images_per_second']:.0f} images/s")
+    console.print(f"look at {out / 'report.html'}; ask with: florence-fast search --pretrained {out / 'model'} ...")

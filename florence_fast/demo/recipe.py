@@ -1,0 +1,72 @@
+"""The demo's two recipes: minutes, and an hour. Chosen by the trials that bench/results/demo_trials.json records."""
+
+from dataclasses import dataclass, replace
+
+from florence_fast.data.augment import BatchAugment
+from florence_fast.models.config import FlorenceConfig
+from florence_fast.train.config import Stage, TrainConfig
+
+EVALUATIONS = 12  # points of the accuracy curve
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named schedule of the paper's kind: augmented texts on small pictures, then plain texts on large ones."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    lr: float
+    warmup: int
+
+    def config(self, *, loss: str, seed: int) -> TrainConfig:
+        """Return the engine's settings of this recipe."""
+        steps = sum(stage.steps for stage in self.stages)
+        interval = steps // EVALUATIONS
+        return TrainConfig(
+            stages=self.stages,
+            batch_size=256,
+            seed=seed,
+            lr=self.lr,
+            min_lr=1e-5,
+            warmup=self.warmup,
+            loss=loss,
+            keyword_prob=0.15,
+            template_prob=0.15,
+            log_every_n_steps=interval,
+            save_every_steps=interval,
+        )
+
+
+# At 32 px a step costs a third of one at 64 px. The cosine has fallen by the time the pictures grow; the second stage
+# starts it higher again, since the filters have to get used to shapes of twice the size.
+QUICK = Recipe(
+    "quick",
+    stages=(
+        Stage(steps=700, image_size=32),
+        Stage(steps=390, image_size=64, augment_text=False, peak_lr=1.6e-3),
+    ),
+    lr=8e-4,
+    warmup=100,
+)
+LONG = Recipe(
+    "long",
+    stages=(
+        Stage(steps=3000, image_size=32),
+        Stage(steps=2600, image_size=64, augment_text=False, peak_lr=1.6e-3),
+    ),
+    lr=8e-4,
+    warmup=200,
+)
+
+
+def rehearsal(config: TrainConfig, steps: int) -> TrainConfig:
+    """Shrink every stage so that the whole takes about ``steps`` small steps; evaluates once, at the end."""
+    shares = [max(1, round(steps * stage.steps / config.total_steps)) for stage in config.stages]
+    stages = tuple(replace(stage, steps=share) for stage, share in zip(config.stages, shares, strict=True))
+    total = sum(shares)
+    return replace(config, stages=stages, batch_size=32, warmup=0, log_every_n_steps=total, save_every_steps=total)
+
+
+def augmentation(model: FlorenceConfig) -> BatchAugment:
+    """Changes of shape and colour wide enough to stand for another artist's hand."""
+    return BatchAugment(mean=model.image_mean, std=model.image_std)

@@ -1,0 +1,102 @@
+"""``report.html``: one file with its pictures inside, for someone who was not there."""
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+from florence_fast.files import write_text
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>florence_fast demo</title>
+<style>
+  body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; color: #222; }}
+  img {{ max-width: 100%; }}
+  table {{ border-collapse: collapse; margin: 1rem 0; }}
+  th, td {{ padding: .3rem 1rem .3rem 0; text-align: right; border-bottom: 1px solid #ddd; }}
+  th:first-child, td:first-child {{ text-align: left; }}
+  .big {{ font-size: 1.35rem; }}
+  .green {{ color: #15803d; }} .red {{ color: #dc2626; }}
+  footer {{ color: #666; font-size: .85rem; margin-top: 3rem; }}
+</style>
+<h1>Words learnt from six artists, read off a seventh</h1>
+<p class="big">{model} ({parameters:.1f} M parameters) saw {images_seen:,} pictures in {seconds:.0f} seconds of training
+({images_per_second:.0f} a second) and names <b>{top1:.1%}</b> of an unseen artist's {images:,} pictures at once, out of
+{classes:,} names; the right name is among the first five for <b>{top5:.1%}</b>. Guessing would get {chance:.2%}.</p>
+<table>
+<tr><th></th><th>first</th><th>among 5</th><th>among 10</th></tr>
+{rows}
+</table>
+{baseline}
+<h2>How it went</h2>
+<img alt="loss and accuracy against seconds" src="{curves}">
+<h2>Words find pictures</h2>
+<p>The first eight of all {images:,} pictures. <span class="green">Green</span>: the words are the picture's name or
+one of its keywords in Unicode's list; <span class="red">red</span>: they are not.</p>
+<img alt="queries and the pictures found" src="{queries}">
+<h2>Pictures are read</h2>
+<p>Pictures chosen at random, each with the five nearest of {classes:,} names, the true one in green. Names of one thing
+differ between artists, so a neighbour is often right in spirit.</p>
+<img alt="pictures and their nearest names" src="{readings}">
+<footer>{command} · commit {commit} · florence_fast {version} · torch {torch}, {threads} threads, {device} · {date} ·
+pictures: Twemoji, CC BY 4.0; names and keywords: Unicode CLDR.</footer>
+</html>
+"""
+
+ROW = "<tr><td>{name}</td><td>{0:.1%}</td><td>{1:.1%}</td><td>{2:.1%}</td></tr>"
+
+
+def write_report(path: Path, results: dict[str, Any], folder: Path) -> None:
+    """Write the page from ``results`` and the three PNG files in ``folder``."""
+    found, baseline = results["zero_shot"], results["clip_baseline"]
+    page = PAGE.format(
+        model=results["model"],
+        parameters=results["parameters"] / 1e6,
+        images_seen=results["images_seen"],
+        seconds=results["seconds"],
+        images_per_second=results["images_per_second"],
+        **found,
+        chance=1 / found["classes"],
+        rows=table_rows(results, "UniCL" if results["loss"] == "unicl" else "CLIP"),
+        baseline=baseline_note(baseline),
+        **{name: picture_uri(folder / f"{name}.png") for name in ("curves", "queries", "readings")},
+        command=html.escape(results["command"]),
+        commit=results["commit"] or "unknown",
+        version=results["version"],
+        torch=results["torch"],
+        threads=results["threads"],
+        device=html.escape(results["device"]),
+        date=results["date"],
+    )
+    write_text(path, page)
+
+
+def table_rows(results: dict[str, Any], loss: str) -> str:
+    """The rows of one run's figures."""
+    found, recalls = results["zero_shot"], results["retrieval"]
+    rows = {
+        f"name of a picture, {loss}": [found["top1"], found["top5"], found["top10"]],
+        f"picture to text, {loss}": recalls["image_to_text"].values(),
+        f"text to picture, {loss}": recalls["text_to_image"].values(),
+    }
+    return "\n".join(ROW.format(*shares, name=name) for name, shares in rows.items())
+
+
+def baseline_note(baseline: dict[str, Any] | None) -> str:
+    """What the recorded run with CLIP's loss reached, or that there is no record beside this installation."""
+    if baseline is None:
+        return "<p>The recorded run with CLIP's loss lies in the repository and is not part of this installation.</p>"
+    found = baseline["zero_shot"]
+    return (
+        f"<p>For comparison, CLIP's loss (only a picture's own text is right), recorded with recipe "
+        f"{html.escape(baseline['recipe'])} at commit {html.escape(str(baseline['commit']))}: "
+        f"top-1 {found['top1']:.1%}, top-5 {found['top5']:.1%} after {baseline['steps']} steps.</p>"
+    )
+
+
+def picture_uri(path: Path) -> str:
+    """A PNG file as an address that an ``<img>`` can hold."""
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
