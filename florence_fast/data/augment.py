@@ -7,7 +7,7 @@ model. Letters: B batch, S side of the square output.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,11 @@ class BatchAugment:
     grey: float = 0.1
     contrast: float = 0.4
     brightness: float = 0.15
+
+    def strengthened(self, factor: float) -> "BatchAugment":
+        """Return the same with every strength multiplied by ``factor``; 0 leaves resizing and normalisation alone."""
+        strengths = [field.name for field in fields(self) if field.name not in ("mean", "std")]
+        return replace(self, **{name: factor * getattr(self, name) for name in strengths})
 
     def __call__(self, images: Tensor, image_size: int, seed: int, step: int) -> Tensor:
         """Augment one batch.

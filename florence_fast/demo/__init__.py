@@ -16,7 +16,7 @@ from rich.table import Table
 from florence_fast.data.artists import artists_names, artists_test, artists_train
 from florence_fast.data.transforms import image_transform
 from florence_fast.demo.curves import draw_curves
-from florence_fast.demo.recipe import LONG, QUICK, augmentation, rehearsal
+from florence_fast.demo.recipe import LONG, QUICK, rehearsal
 from florence_fast.demo.report import write_report
 from florence_fast.demo.sheets import draw_queries, draw_readings
 from florence_fast.evaluate import retrieval, zero_shot
@@ -77,7 +77,7 @@ def run(
         artists_train(),
         config,
         out / "training",
-        augment=augmentation(model.config),
+        augment=recipe.augment(model.config),
         on_interval=measure,
     )
     trained = trainer.run(resume="latest" if resume else None)

@@ -17,6 +17,11 @@ class Recipe:
     stages: tuple[Stage, ...]
     lr: float
     warmup: int
+    augmentation: float = 1.0
+
+    def augment(self, model: FlorenceConfig) -> BatchAugment:
+        """Return changes of shape and colour that stand for another artist's hand; the longer, the stronger."""
+        return BatchAugment(mean=model.image_mean, std=model.image_std).strengthened(self.augmentation)
 
     def config(self, *, loss: str, seed: int) -> TrainConfig:
         """Return the engine's settings of this recipe."""
@@ -56,6 +61,7 @@ LONG = Recipe(
     ),
     lr=8e-4,
     warmup=200,
+    augmentation=1.35,
 )
 
 
@@ -65,8 +71,3 @@ def rehearsal(config: TrainConfig, steps: int) -> TrainConfig:
     stages = tuple(replace(stage, steps=share) for stage, share in zip(config.stages, shares, strict=True))
     total = sum(shares)
     return replace(config, stages=stages, batch_size=32, warmup=0, log_every_n_steps=total, save_every_steps=total)
-
-
-def augmentation(model: FlorenceConfig) -> BatchAugment:
-    """Changes of shape and colour wide enough to stand for another artist's hand."""
-    return BatchAugment(mean=model.image_mean, std=model.image_std)

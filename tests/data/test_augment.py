@@ -5,7 +5,9 @@ import torch
 
 from florence_fast.data.augment import BatchAugment
 
-OFF = {k: 0.0 for k in ("degrees", "scale", "aspect", "shear", "translate", "colour", "grey", "contrast", "brightness")}
+
+def without_changes(mean, std) -> BatchAugment:
+    return BatchAugment(mean=mean, std=std).strengthened(0)
 
 
 def pictures(count: int = 6, size: int = 16) -> torch.Tensor:
@@ -22,7 +24,7 @@ def test_the_same_key_gives_the_same_pictures_and_another_step_others():
 
 def test_with_every_strength_at_zero_only_the_normalisation_is_left():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    out = BatchAugment(mean=mean, std=std, **OFF)(pictures(), 16, seed=0, step=0)
+    out = without_changes(mean, std)(pictures(), 16, seed=0, step=0)
     expected = (pictures().float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
@@ -34,7 +36,7 @@ def test_a_white_picture_stays_white_under_every_geometric_and_channel_change():
 
 
 def test_a_smaller_size_averages_blocks():
-    out = BatchAugment(mean=(0.0,) * 3, std=(1.0,) * 3, **OFF)(pictures(2, 16), 8, seed=0, step=0)
+    out = without_changes((0.0,) * 3, (1.0,) * 3)(pictures(2, 16), 8, seed=0, step=0)
     expected = (pictures(2, 16).float() / 255).view(2, 3, 8, 2, 8, 2).mean((3, 5))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
@@ -43,6 +45,13 @@ def test_every_picture_gets_its_own_change():
     same = pictures(1).expand(4, -1, -1, -1)
     out = BatchAugment(mean=(0.5,) * 3, std=(0.25,) * 3)(same, 16, seed=0, step=0)
     assert all(not torch.equal(out[0], other) for other in out[1:])
+
+
+def test_strengthened_multiplies_every_strength_and_nothing_else():
+    plain = BatchAugment(mean=(0.5,) * 3, std=(0.25,) * 3)
+    strong = plain.strengthened(2)
+    assert (strong.mean, strong.std) == (plain.mean, plain.std)
+    assert strong.degrees == 2 * plain.degrees and strong.brightness == 2 * plain.brightness and strong.grey == 0.2
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)])
