@@ -23,7 +23,7 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
     left, right = figure.subplots(1, 2)
 
     left.plot([r["seconds"] for r in losses], [r["loss"] for r in losses], color=TEAL)
-    left.set(title="UniCL loss", xlabel="seconds of training", ylim=(0, None), xlim=(0, None))
+    left.set(title="contrastive loss", xlabel="seconds of training", ylim=(0, None), xlim=(0, None))
 
     seconds = [r["seconds"] for r in measured]
     for key, name, colour in (("top5", "among the first 5", CORAL), ("top1", "first", TEAL)):
@@ -41,7 +41,7 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
             )
     right.set(title="right name of an unseen artist's picture, %", xlabel="seconds of training", xlim=(0, None))
     right.set_ylim(0, None)
-    right.legend(loc="upper left", frameon=False)
+    right.legend(loc="lower right", frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
