@@ -57,10 +57,7 @@ def window_and_grid(size: Size, window_size: Size) -> tuple[Size, Size]:
 def partition(
     x: Tensor, cut: Cut, parts: int, num_heads: int, dtype: torch.dtype, fill: Tensor | None = None
 ) -> Tensor:
-    """Cut (B, *size, parts*h*d) into (parts, B*M, h, N, d); never a view of ``x``.
-
-    Pad tokens hold ``fill`` (parts*h*d), zeros without it.
-    """
+    """Cut (B, *size, parts*h*d) into (parts, B*M, h, N, d); pad tokens hold ``fill`` (parts*h*d), zeros without it."""
     axes = len(cut.size)
     batch, head_dim = x.shape[0], x.shape[-1] // (parts * num_heads)
     if cut.padded != cut.size:
@@ -70,8 +67,8 @@ def partition(
     x = x.reshape(batch, *chain(*zip(cut.grid, cut.window, strict=True)), parts, num_heads, head_dim)
     grid_dims, window_dims = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
     x = x.permute(2 * axes + 1, 0, *grid_dims, 2 * axes + 2, *window_dims, 2 * axes + 3)
-    x = x.to(dtype, memory_format=torch.contiguous_format, copy=True)
-    return x.view(parts, batch * cut.num_windows, num_heads, cut.num_tokens, head_dim)
+    x = x.to(dtype, memory_format=torch.contiguous_format)
+    return x.reshape(parts, batch * cut.num_windows, num_heads, cut.num_tokens, head_dim)
 
 
 def merge(x: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:

@@ -249,6 +249,15 @@ def test_low_precision_is_as_exact_as_plain_pytorch(dtype: torch.dtype, side: in
         assert error <= allowed * usual, f"{name}: {error:.2e} against {usual:.2e} of plain PyTorch, {dtype}, {side}"
 
 
+def test_cosine_in_bf16_is_computed_in_float32() -> None:
+    tensors = {"qkv": torch.randn(2, 8, 8, 3 * 32).bfloat16(), "logit_scale": torch.full((2,), 4.6)}
+    values = {"window_size": 8, "num_heads": 2}
+    exact = ops.window_attention_reference(**{name: x.double() for name, x in tensors.items()}, **values)
+    # Rounding the result to bf16 alone leaves 1.7e-3; scores up to 100 in bf16 leave 0.1.
+    error = relative_error(ops.window_attention(**tensors, **values), exact)
+    assert error < 4e-3, error
+
+
 @pytest.mark.parametrize("shift", [0, 2], ids=["unshifted", "shifted"])
 @pytest.mark.parametrize("size", [(9, 13), (8, 12), (5, 7)], ids=str)
 def test_equals_hugging_face_swin(size: tuple[int, int], shift: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from florence_fast import ops
@@ -65,6 +66,31 @@ def op_arguments(
 )
 def test_opcheck(options: dict[str, bool]) -> None:
     torch.library.opcheck(FORWARD, op_arguments(**options))
+
+
+def test_what_is_kept_gets_no_gradient() -> None:
+    out, kept = FORWARD(*op_arguments(train=True))
+    assert out.requires_grad and not kept.requires_grad
+
+
+class ContiguityOfGradients(TorchDispatchMode):
+    """Record whether the gradient that reaches the backward is contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is BACKWARD:
+            self.seen.append(args[0].is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+def test_backward_sees_contiguous_gradients() -> None:
+    out = attend(make_qkv(2, 6, 9, requires_grad=True), make_table())
+    with ContiguityOfGradients() as recorder:
+        out.sum().backward()
+    assert recorder.seen == [True]
 
 
 def test_opcheck_backward() -> None:
@@ -151,6 +177,13 @@ def test_autocast_casts_qkv_alone(backend: str) -> None:
     assert all(map(torch.equal, grads, torch.autograd.grad(expected.float().square().sum(), inputs)))
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    qkv, table = make_qkv(1, 6, 9, dtype=torch.float64), make_table()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(qkv, table)
+    assert torch.equal(out, attend(qkv, table))
+
+
 def test_activation_checkpointing() -> None:
     inputs = (make_qkv(2, 6, 9, requires_grad=True), make_table())
     plain, checkpointed = attend(*inputs), checkpoint(attend, *inputs, use_reentrant=False)
@@ -180,7 +213,7 @@ def test_any_strides_and_the_input_is_left_alone(shape: tuple[int, ...]) -> None
     qkv = make_qkv(*shape).transpose(1, 2).contiguous().transpose(1, 2)
     before = qkv.clone()
     out = attend(qkv, table)
-    assert out.is_contiguous() and torch.equal(out, attend(before.contiguous(), table))
+    assert out.is_contiguous() and torch.equal(out, attend(before.clone().contiguous(), table))
     assert torch.equal(qkv, before)
 
 
