@@ -87,7 +87,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         if config.precision in ("bf16", "fp16"):
             model.to(torch.bfloat16 if config.precision == "bf16" else torch.float16)
-        model.set_grad_checkpointing(config.grad_checkpointing)
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing(True)
         self.samples_per_epoch = len(source)
         self.loader = _create_loader(source, config)
         self.contrastive_step = ContrastiveStep(model, tokenizer, config, augment)
@@ -148,7 +149,10 @@ class Trainer:
             path = self._resume(resume)
             self.log.start(self.step, config.total_steps, config.to_dict())
             self.watch = Stopwatch(self.counters.seconds)
-            path = self._train(stop) or path
+            try:
+                path = self._train(stop) or path
+            finally:
+                self._leave_stage()
             self.counters.seconds = self.watch.seconds
         return {
             "status": "finished" if self.step == config.total_steps else "stopped",
@@ -236,6 +240,10 @@ class Trainer:
             self._batches = iter(self.loader.batches(self.counters.position))
             logger.info("stage %d of %d from step %d: %s", number + 1, len(self.config.stages), self.step, stage)
         return stage
+
+    def _leave_stage(self) -> None:
+        """Let go of the batches, and with them of the loader's processes."""
+        self._batches, self._stage_number = iter(()), None
 
     def _set_window(self, number: int) -> None:
         """Give the model the picture size and window of stage ``number``; new tables get a new optimiser."""

@@ -126,6 +126,9 @@ def test_an_interval_that_was_cut_is_averaged_whole(whole: Path, pairs: Path, tm
         (tmp_path / "cut" / "checkpoints" / f"{later}.pt").unlink()
     tiny_trainer(pairs, tmp_path / "cut", **settings).run(resume="latest")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    single = [float.fromhex(values.split()[0]) for values in losses(whole).values()]
+    means = [float.fromhex(values.split()[0]) for values in losses(tmp_path / "cut").values()]
+    assert means == pytest.approx([sum(single[start : start + 4]) / 4 for start in (0, 4, 8)], rel=1e-12)
 
 
 def test_a_corrupt_checkpoint_is_named_and_an_earlier_one_resumed(
