@@ -97,7 +97,8 @@ class GradCache:
             image_features, text_features, logit_scale = self.model(image=image, text=text)
             images += [] if image is None else [image_features]
             texts += [] if text is None else [text_features]
-        # Autocast has kept weights that were cast without a graph: used again, they would get no gradient.
+        # Older torch keeps the weights that autocast has cast here, without a graph: used again, they would get no
+        # gradient (pytorch pull request 165068).
         torch.clear_autocast_cache()
         return states, [torch.cat(images), torch.cat(texts), logit_scale]
 

@@ -80,13 +80,18 @@ def test_one_text_for_all_images_reaches_the_last_micro_batch():
     assert model.calls == [(1, 0), (2, 0), (2, 1)] * 2
 
 
-def test_the_generator_ends_where_one_forward_leaves_it():
+def test_the_generator_ends_where_forward_and_loss_leave_it():
     images, texts, _ = batch(6, 4)
     model = TwoTowers(drop_path=0.5)
+
+    def loss_that_draws(u: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+        return contrastive_loss_reference(u, v, scale) * torch.rand(())
+
     torch.manual_seed(SEED)
-    GradCache(model, ContrastiveLoss(), 2).step(images, texts)
+    GradCache(model, loss_that_draws, 2).step(images, texts)
     after = torch.rand(3)
-    one_graph(model, images, texts, 2)
+    u, v = one_graph(model, images, texts, 2)
+    loss_that_draws(u, v, model.logit_scale.exp())
     assert torch.equal(after, torch.rand(3))
 
 
@@ -118,6 +123,14 @@ def test_under_autocast_every_weight_gets_its_gradient():
     contrastive_loss_reference(u.float(), v.float(), other.logit_scale.exp(), labels).backward()
     assert seen == [torch.float32] * 2
     assert_gradients_equal(gradients(model), gradients(other), tolerance=1e-6)
+
+
+def test_casts_of_the_first_pass_are_dropped_before_the_second(monkeypatch):
+    images, texts, _ = batch(6, 4)
+    model, calls_before = TwoTowers(), []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: calls_before.append(len(model.calls)))
+    GradCache(model, ContrastiveLoss(), 3).step(images, texts)
+    assert calls_before == [2] and len(model.calls) == 4
 
 
 def scaled(factor: float) -> Callable[[Tensor], Tensor]:
