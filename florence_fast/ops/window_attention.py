@@ -68,8 +68,8 @@ def window_attention(
         cyclic: per axis, whether the map is a ring there: windows that a shift lays over the seam are then not cut.
 
     Returns:
-        (B, H, W, C) or (B, T, H, W, C) in the dtype of ``qkv``; under autocast in autocast's
-        (float64 stays float64).
+        (B, H, W, C) or (B, T, H, W, C) in the dtype of ``qkv``; under autocast in autocast's,
+        unless it is float64.
 
     Raises:
         TypeError: an argument is no tensor, or a tensor is not floating.
