@@ -36,7 +36,7 @@ def draw_queries(path: Path, model: nn.Module, tokenizer: object, queries: tuple
         for axes, found in zip(grid[row, 1:], best, strict=True):
             index = encoded.indices[found]
             show(axes, test.image(index), RIGHT if describes(query, test.texts(index)) else WRONG)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=85)
 
 
 def draw_readings(path: Path, model: nn.Module, tokenizer: object, names: list[str], seed: int = 0) -> None:
@@ -58,7 +58,7 @@ def draw_readings(path: Path, model: nn.Module, tokenizer: object, names: list[s
             beside.text(
                 0, 0.9 - 0.2 * line, shown, fontsize=8, color=RIGHT if is_right else INK, weight=weight, va="center"
             )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=85)
 
 
 def nearest_names(model: nn.Module, tokenizer: object, names: list[str], chosen: list[int], top: int = 5) -> Tensor:

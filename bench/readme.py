@@ -1,0 +1,95 @@
+"""Write the README's tables from the recorded results: ``python -m bench.readme``; ``--check`` only compares.
+
+A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; nothing else in the README is touched.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from florence_fast.files import write_text
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+
+DEMO_RUNS = {
+    "demo.json": "`make demo`",
+    "demo_clip_baseline.json": "the same steps with CLIP's loss (`florence-fast demo --loss clip`)",
+    "demo_long.json": "`make demo-long`",
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    """Read one recorded result."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def demo_table() -> str:
+    """The demo's runs: what they took, and what they reached on the unseen artist."""
+    runs = {title: load(name) for name, title in DEMO_RUNS.items()}
+    found = load("demo.json")["zero_shot"]
+    head = ["", "minutes", "pictures/s", "top-1", "top-5", "picture to text R@1", "text to picture R@1"]
+    rows = [
+        [
+            title,
+            f"{run['seconds'] / 60:.1f}",
+            f"{run['images_per_second']:.0f}",
+            f"{run['zero_shot']['top1']:.1%}",
+            f"{run['zero_shot']['top5']:.1%}",
+            f"{run['retrieval']['image_to_text']['r1']:.1%}",
+            f"{run['retrieval']['text_to_image']['r1']:.1%}",
+        ]
+        for title, run in runs.items()
+    ]
+    machine = load("demo.json")
+    return "\n".join(
+        [
+            f"{found['images']:,} pictures by the unseen artist against {found['classes']:,} names; minutes and "
+            f"pictures a second of training with {machine['threads']} threads ({machine['device']}), torch "
+            f"{machine['torch']}:",
+            "",
+            "| " + " | ".join(head) + " |",
+            "|---|" + "---:|" * (len(head) - 1),
+            *("| " + " | ".join(row) + " |" for row in rows),
+        ]
+    )
+
+
+TABLES = {"demo": demo_table}
+
+
+def fill(text: str) -> str:
+    """Return the README's ``text`` with every table replaced by its present content.
+
+    Raises:
+        ValueError: a table's markers are missing.
+    """
+    for name, build in TABLES.items():
+        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md must hold <!-- {name}:begin --> and <!-- {name}:end -->")
+        content = build()
+        text = pattern.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 if the README differs from the results")
+    check = parser.parse_args().check
+    before = README.read_text(encoding="utf-8")
+    after = fill(before)
+    if not check:
+        write_text(README, after)
+    elif before != after:
+        print("README.md differs from bench/results: run python -m bench.readme", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
