@@ -20,6 +20,8 @@ from florence_fast.train.config import Stage
 from tests.train.tiny_run import STAGES, losses, start_child, tiny_trainer, write_pairs
 
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
+# Seconds are enough on a free machine; a busy one may give a child a hundredth of a core.
+PATIENCE_SECONDS = 600
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +51,7 @@ def whole(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _wait_for_step(process: subprocess.Popen[str], out_dir: Path, step: int) -> None:
     """Return once the child has logged ``step``."""
     results = out_dir / "checkpoints" / "results.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not results.is_file() or results.read_text().count("\n") < step:
         assert process.poll() is None, f"the child ended before step {step}: {process.communicate()}"
         assert time.monotonic() < deadline, f"the child did not reach step {step}"
@@ -58,7 +60,7 @@ def _wait_for_step(process: subprocess.Popen[str], out_dir: Path, step: int) -> 
 
 def _result(process: subprocess.Popen[str]) -> dict[str, object]:
     """Wait for a child that has to end well, and return its last line."""
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, errors
     return json.loads(output.splitlines()[-1])
 
