@@ -126,11 +126,26 @@ def test_under_autocast_every_weight_gets_its_gradient():
 
 
 def test_casts_of_the_first_pass_are_dropped_before_the_second(monkeypatch):
-    images, texts, _ = batch(6, 4)
-    model, calls_before = TwoTowers(), []
+    images, texts, _ = (x.float() for x in batch(6, 4))
+    model, calls_before = TwoTowers(dtype=torch.float32), []
     monkeypatch.setattr(torch, "clear_autocast_cache", lambda: calls_before.append(len(model.calls)))
-    GradCache(model, ContrastiveLoss(), 3).step(images, texts)
-    assert calls_before == [2] and len(model.calls) == 4
+    with torch.autocast("cpu", torch.bfloat16):
+        GradCache(model, ContrastiveLoss(), 3).step(images, texts)
+        assert calls_before == [2] and len(model.calls) == 4
+
+
+def test_what_leaves_autocast_forward_stays_outside_it_backward():
+    class FullPrecision(TwoTowers):
+        def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple[Tensor | None, ...]:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(image, text)
+
+    images, texts, labels = (x.float() if x.is_floating_point() else x for x in batch(8, 5))
+    model, other = FullPrecision(dtype=torch.float32), TwoTowers(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        GradCache(model, contrastive_loss_reference, 4).step(images, texts, labels)
+    contrastive_loss_reference(*other(images, texts), labels).backward()
+    assert_gradients_equal(gradients(model), gradients(other), tolerance=2e-6)
 
 
 def scaled(factor: float) -> Callable[[Tensor], Tensor]:
@@ -171,6 +186,21 @@ def test_any_loss_on_embeddings_will_do():
     GradCache(model, distance, 4).step(images, texts)
     distance(*other(images, texts)).backward()
     assert_gradients_equal(gradients(model), gradients(other))
+
+
+def test_a_loss_may_leave_the_scale_alone():
+    images, texts, _ = batch(6, 4)
+    model, other = TwoTowers(), TwoTowers()
+
+    def distance(u: Tensor, v: Tensor, scale: Tensor) -> Tensor:
+        return (u - v).square().sum()
+
+    GradCache(model, distance, 4).step(images, texts)
+    distance(*other(images, texts)).backward()
+    assert model.logit_scale.grad == 0
+    for tower in ("visual", "text"):
+        got, wanted = (gradients(encoder.get_submodule(tower)) for encoder in (model, other))
+        assert_gradients_equal(got, wanted)
 
 
 COUNTS, MICRO_BATCH_SIZE = (7, 4), 2
