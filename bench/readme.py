@@ -18,7 +18,8 @@ RESULTS = ROOT / "bench" / "results"
 
 DEMO_RUNS = {
     "demo.json": "`make demo`",
-    "demo_clip_baseline.json": "the same steps with CLIP's loss (`florence-fast demo --loss clip`)",
+    "demo_1090_steps.json": "UniCL, an earlier and longer recipe",
+    "demo_clip_baseline.json": "CLIP's loss, that same recipe",
     "demo_long.json": "`make demo-long`",
 }
 
@@ -32,10 +33,11 @@ def demo_table() -> str:
     """The demo's runs: what they took, and what they reached on the unseen artist."""
     runs = {title: load(name) for name, title in DEMO_RUNS.items()}
     found = load("demo.json")["zero_shot"]
-    head = ["", "minutes", "pictures/s", "top-1", "top-5", "picture to text R@1", "text to picture R@1"]
+    head = ["", "steps", "minutes", "pictures/s", "top-1", "top-5", "picture to text R@1", "text to picture R@1"]
     rows = [
         [
             title,
+            f"{run['steps']:,}",
             f"{run['seconds'] / 60:.1f}",
             f"{run['images_per_second']:.0f}",
             f"{run['zero_shot']['top1']:.1%}",
@@ -48,9 +50,9 @@ def demo_table() -> str:
     machine = load("demo.json")
     return "\n".join(
         [
-            f"{found['images']:,} pictures by the unseen artist against {found['classes']:,} names; minutes and "
-            f"pictures a second of training with {machine['threads']} threads ({machine['device']}), torch "
-            f"{machine['torch']}:",
+            f"{found['images']:,} pictures by the unseen artist against {found['classes']:,} names. Minutes and",
+            f"pictures a second are of training, with {machine['threads']} threads ({machine['device']}) and torch "
+            f"{machine['torch']}.",
             "",
             "| " + " | ".join(head) + " |",
             "|---|" + "---:|" * (len(head) - 1),
