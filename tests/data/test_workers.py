@@ -1,14 +1,17 @@
 """Worker processes: the same batches as without them, the signals of any process, and an end with their parent."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,7 +30,8 @@ def test_batches_are_the_same_with_two_workers(
 ) -> None:
     members: dict[str, bytes] = {}
     for n in range(45):
-        members |= sample(f"{n}", f"text {n}", (n, 2 * n, 3 * n), keywords=[f"key {n}"])
+        members |= sample(f"{n}", f"text {n}", keywords=[f"key {n}"])
+        members[f"{n}.png"] = noise(n)
     members["7.png"] = b"damaged"
     source = TarPairs([write_tar(tmp_path / "a.tar", members)])
     with_workers, without = (
@@ -39,6 +43,14 @@ def test_batches_are_the_same_with_two_workers(
         assert torch.equal(one.labels, other.labels) and one.texts == other.texts and one.skipped == other.skipped
     assert with_workers.samples_bad == without.samples_bad > 0
     assert caplog.text.count("skipping pair 7, ") == 2, "each of the two loaders names it once"
+
+
+def noise(seed: int) -> bytes:
+    """A picture of which every part differs, as PNG."""
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
 
 
 class ProcessPairs(ListPairs):
@@ -108,9 +120,12 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
 
 
 def children(parent: int | None = None) -> list[int]:
-    """Processes that were started by this one, or by ``parent``."""
-    parent = parent or os.getpid()
-    return [int(p) for t in Path(f"/proc/{parent}/task").iterdir() for p in (t / "children").read_text().split()]
+    """Processes that were started by this one, or by ``parent``; a thread that ends meanwhile has none."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{parent or os.getpid()}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def is_running(process: int) -> bool:
