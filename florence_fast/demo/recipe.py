@@ -53,8 +53,8 @@ class Recipe:
 QUICK = Recipe(
     "quick",
     stages=(
-        Stage(steps=660, image_size=32),
-        Stage(steps=280, image_size=64, augment_text=False, peak_lr=1.6e-3),
+        Stage(steps=690, image_size=32),
+        Stage(steps=360, image_size=64, augment_text=False, peak_lr=1.6e-3),
     ),
     lr=8e-4,
     warmup=100,
