@@ -167,7 +167,9 @@ def define(
         ctx.save_for_backward(*inputs[:num_tensors], *output[1:])
         ctx.values = inputs[num_tensors:]
 
-    def run_backward(ctx: Any, grad_out: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def run_backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * (num_tensors + len(ctx.values))
         needs = list(ctx.needs_input_grad[:num_tensors])
         # .sum() and opcheck send expanded gradients: the backward sees memory that it can walk through.
         grads = backward_op(grad_out.contiguous(), *ctx.saved_tensors, needs, *ctx.values)
