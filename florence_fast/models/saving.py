@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors.torch import save_file
+
+from florence_fast.files import replacing, write_json
 
 CONFIG_KEY = "florence_fast_config"
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 _M = TypeVar("_M", bound="SavePretrained")
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, bring it to the disk, and rename it there.
-
-    Whatever goes wrong, ``path`` holds what it held before, and nothing unfinished stays behind.
-    """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        for target in (beside, path.parent):
-            descriptor = os.open(target, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class SavePretrained:
@@ -53,9 +35,9 @@ class SavePretrained:
         config = self.config.to_dict()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         metadata = {"format": "pt", CONFIG_KEY: json.dumps(config)}
-        write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
-        text = json.dumps(config, indent=2) + "\n"
-        write_atomically(directory / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        with replacing(directory / WEIGHTS_NAME) as beside:
+            save_file(tensors, beside, metadata=metadata)
+        write_json(directory / CONFIG_NAME, config)
         return directory
 
     @classmethod

@@ -8,12 +8,13 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from florence_fast.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +64,16 @@ class CheckpointStore:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(step)
-        with _replacing(path) as beside:
+        with replacing(path) as beside:
             with open(beside, "wb") as file:
                 hashing = _HashingFile(file)
                 torch.save(state, hashing)
-            _write_text(_sidecar(path), f"{hashing.digest.hexdigest()}  {path.name}\n")
+            write_text(_sidecar(path), f"{hashing.digest.hexdigest()}  {path.name}\n")
         self._verified[path] = _stamp(path)
         if write_weights is not None:
-            with _replacing(path.with_suffix(".safetensors")) as beside:
+            with replacing(path.with_suffix(".safetensors")) as beside:
                 write_weights(beside)
-        _write_text(self.folder / "latest", path.name + "\n")
+        write_text(self.folder / "latest", path.name + "\n")
         self._remove_old(step)
         return path
 
@@ -173,33 +174,6 @@ class _HashingFile:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to; sync it and rename it over ``path``, or remove it on an error."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield beside
-        _sync(beside)
-        os.replace(beside, path)
-        _sync(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with _replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:

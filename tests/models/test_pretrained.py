@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from florence_fast.files import replacing
 from florence_fast.models import CoSwin, Florence, Swin
 from florence_fast.models.layouts import to_our_layout, unwrap
 from florence_fast.models.pretrained import (
@@ -17,7 +18,6 @@ from florence_fast.models.pretrained import (
     load_state,
     read_checkpoint,
 )
-from florence_fast.models.saving import write_atomically
 from tests.models.test_text import texts
 from tests.models.tiny import COSWIN, FLORENCE, SWIN
 
@@ -74,14 +74,11 @@ def test_a_tower_saves_and_loads_itself_and_is_found_in_a_dual_encoder(model, tm
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "model.safetensors"
-    write_atomically(target, lambda path: path.write_bytes(b"whole"))
-
-    def fail(path):
-        path.write_bytes(b"ha")
+    with replacing(target) as beside:
+        beside.write_bytes(b"whole")
+    with pytest.raises(OSError, match="disk full"), replacing(target) as beside:
+        beside.write_bytes(b"ha")
         raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(target, fail)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("model.safetensors", b"whole")]
 
 

@@ -4,7 +4,6 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,7 @@ from florence_fast.train.engine import Trainer, TrainingDivergedError
 from florence_fast.train.step import plain_images
 from tests.train.tiny_run import losses, tiny_model, tiny_trainer, tokenizer, write_pairs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Keep these small runs on one thread: two that wait for a busy core take 20 times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

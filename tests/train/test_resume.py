@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,18 +18,11 @@ import torch
 from florence_fast.train.config import Stage
 from tests.train.tiny_run import STAGES, losses, start_child, tiny_trainer, write_pairs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 # Seconds are enough on a free machine; a busy one may give a child a hundredth of a core.
 PATIENCE_SECONDS = 600
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Give this process one thread; it has those of the other tests back afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
