@@ -6,7 +6,6 @@ torch.compile sees a constant.
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from florence_fast import env
 from florence_fast.errors import unknown
 
 BACKENDS = ("triton", "cpp", "torch", "reference")
@@ -83,7 +83,7 @@ def backend_in_force() -> str:
     """
     if _forced:
         return _forced[-1]
-    name = os.environ.get("FLORENCE_FAST_BACKEND") or "auto"
+    name = env.read("FLORENCE_FAST_BACKEND")
     _check_name("FLORENCE_FAST_BACKEND", name)
     return name
 
