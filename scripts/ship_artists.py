@@ -3,8 +3,8 @@
     make demo-long
     python scripts/ship_artists.py runs/demo-long
 
-Writes florence_fast/models/weights/florence_nano-artists.safetensors (bf16) and .md, and
-bench/results/demo_long.json. The card's figures are measured here, on the bf16 weights as they are shipped.
+Writes florence_fast/models/weights/florence_nano-artists.safetensors (bf16) and .md, bench/results/demo_long.json, and
+docs/demo.png, the README's picture. The card's figures are measured here, on the bf16 weights as they are shipped.
 """
 
 import argparse
@@ -14,10 +14,12 @@ import tempfile
 from pathlib import Path
 
 from florence_fast.data.artists import artists_names, artists_test
+from florence_fast.demo.sheets import draw_queries
 from florence_fast.evaluate import retrieval, zero_shot
-from florence_fast.files import write_json, write_text
+from florence_fast.evaluate.features import encode_images
+from florence_fast.files import replacing, write_json, write_text
 from florence_fast.models import create_model, get_tokenizer
-from florence_fast.models.saving import WEIGHTS_NAME, write_atomically
+from florence_fast.models.saving import WEIGHTS_NAME
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "florence_fast" / "models" / "weights"
@@ -60,13 +62,15 @@ def main() -> None:
     WEIGHTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         create_model(results["model"], pretrained=run / "model", precision="bf16").save_pretrained(folder)
-        write_atomically(path, lambda beside: shutil.copyfile(Path(folder) / WEIGHTS_NAME, beside))
+        with replacing(path) as beside:
+            shutil.copyfile(Path(folder) / WEIGHTS_NAME, beside)
     if path.stat().st_size > LARGEST:
         raise SystemExit(f"{path} takes {path.stat().st_size:,} bytes, more than {LARGEST:,}")
 
     model, tokenizer = create_model(results["model"], pretrained="artists").eval(), get_tokenizer(results["model"])
     found = zero_shot(model, tokenizer, artists_test(), artists_names(), progress=True)
     recalls = retrieval(model, tokenizer, artists_test(), progress=True)
+    draw_queries(ROOT / "docs" / "demo.png", model, tokenizer, encode_images(model, artists_test()))
     card = CARD.format(
         **{**results, **found},
         megabytes=path.stat().st_size / 1e6,

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from florence_fast.data.artists import artists_names, artists_test, artists_train
-from florence_fast.data.transforms import image_transform
 from florence_fast.demo.curves import draw_curves
 from florence_fast.demo.recipe import LONG, QUICK, rehearsal
 from florence_fast.demo.report import write_report
 from florence_fast.demo.sheets import draw_queries, draw_readings
 from florence_fast.evaluate import retrieval, zero_shot
+from florence_fast.evaluate.features import encode_images, evaluation_transform
 from florence_fast.files import write_json
 from florence_fast.models import create_model, get_tokenizer
 from florence_fast.provenance import provenance
@@ -66,7 +66,9 @@ def run(
     def measure(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
         """Ask for the unseen artist at the size of the current stage."""
         size = config.stage_at(trainer.step - 1)[1].image_size
-        found = zero_shot(model, tokenizer, test, names, transform=eval_transform(model, size), precision="amp_bf16")
+        found = zero_shot(
+            model, tokenizer, test, names, transform=evaluation_transform(model, size), precision="amp_bf16"
+        )
         shares = {key: found[key] for key in ("top1", "top5", "top10")}
         logger.info("unseen artist at %d px: top-1 %.3f, top-5 %.3f", size, shares["top1"], shares["top5"])
         return {"image_size": size, **shares}
@@ -105,16 +107,12 @@ def run(
     }
     write_json(out / "results.json", results)
     draw_curves(out / "curves.png", read_history(trainer.log.results_path))
-    draw_queries(out / "queries.png", model, tokenizer)
-    draw_readings(out / "readings.png", model, tokenizer, names)
+    encoded = encode_images(model, test)
+    draw_queries(out / "queries.png", model, tokenizer, encoded)
+    draw_readings(out / "readings.png", model, tokenizer, encoded, names)
     write_report(out / "report.html", results, out)
     print_summary(results, out)
     return results
-
-
-def eval_transform(model: torch.nn.Module, size: int) -> Any:
-    """The model's evaluation transform at another picture size."""
-    return image_transform(size, is_train=False, mean=model.config.image_mean, std=model.config.image_std)
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

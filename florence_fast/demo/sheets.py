@@ -3,15 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from florence_fast.data.artists import artists_test
 from florence_fast.data.labels import text_label
 from florence_fast.data.pairs import PairText
-from florence_fast.evaluate.features import encode_images, encode_texts
+from florence_fast.evaluate.features import EncodedImages, encode_texts
 
 # Names stand for one picture each, keywords for many: Unicode's lists say which pictures are right.
 QUERIES = ("red apple", "sailboat", "snowman", "guitar", "sunflower", "bicycle", "clock", "heart", "weather", "animal")
@@ -20,17 +19,16 @@ READINGS = (4, 5)  # rows and columns of pictures that are read
 RIGHT, WRONG, INK = "#15803d", "#dc2626", "#222222"
 
 
-def draw_queries(path: Path, model: nn.Module, tokenizer: object, queries: tuple[str, ...] = QUERIES) -> None:
-    """Draw, for each query, the first pictures found among all of the unseen artist's, right ones framed green.
+def draw_queries(path: Path, model: nn.Module, tokenizer: object, encoded: EncodedImages) -> None:
+    """Draw, for each of `QUERIES`, the first pictures found among the unseen artist's, right ones framed green.
 
     A picture is right when the query is its name, its short name or one of its keywords in Unicode's list.
     """
     test = artists_test()
-    encoded = encode_images(model, test)
-    scores = encode_texts(model, tokenizer, list(queries)) @ encoded.features.T
-    figure = Figure(figsize=(FOUND_A_QUERY * 1.05 + 1.6, len(queries) * 1.05), layout="constrained")
-    grid = figure.subplots(len(queries), FOUND_A_QUERY + 1, squeeze=False)
-    for row, (query, best) in enumerate(zip(queries, scores.topk(FOUND_A_QUERY).indices.tolist(), strict=True)):
+    scores = encode_texts(model, tokenizer, QUERIES) @ encoded.features.T
+    figure = Figure(figsize=(FOUND_A_QUERY * 1.05 + 1.6, len(QUERIES) * 1.05), layout="constrained")
+    grid = figure.subplots(len(QUERIES), FOUND_A_QUERY + 1, squeeze=False)
+    for row, (query, best) in enumerate(zip(QUERIES, scores.topk(FOUND_A_QUERY).indices.tolist(), strict=True)):
         grid[row, 0].axis("off")
         grid[row, 0].text(1, 0.5, f"“{query}”", ha="right", va="center", fontsize=11, color=INK)
         for axes, found in zip(grid[row, 1:], best, strict=True):
@@ -39,15 +37,18 @@ def draw_queries(path: Path, model: nn.Module, tokenizer: object, queries: tuple
     figure.savefig(path, dpi=85)
 
 
-def draw_readings(path: Path, model: nn.Module, tokenizer: object, names: list[str], seed: int = 0) -> None:
+def draw_readings(
+    path: Path, model: nn.Module, tokenizer: object, encoded: EncodedImages, names: list[str], seed: int = 0
+) -> None:
     """Draw pictures of the unseen artist, chosen at random, with the five names that the model finds nearest."""
     test = artists_test()
     rows, columns = READINGS
-    chosen = np.random.default_rng(seed).choice(len(test), rows * columns, replace=False).tolist()
+    chosen = np.random.default_rng(seed).choice(len(encoded.indices), rows * columns, replace=False)
+    best = (encoded.features[chosen] @ encode_texts(model, tokenizer, names).T).topk(5).indices.tolist()
     figure = Figure(figsize=(columns * 2.7, rows * 1.5), layout="constrained")
-    best = nearest_names(model, tokenizer, names, chosen)
-    for axes, index, ranked in zip(figure.subplots(rows, columns * 2).flat[::2], chosen, best.tolist(), strict=True):
-        beside = figure.axes[figure.axes.index(axes) + 1]
+    cells = figure.subplots(rows, columns * 2).reshape(-1, 2)
+    for (axes, beside), row, ranked in zip(cells, chosen, best, strict=True):
+        index = encoded.indices[row]
         truth = text_label(test.texts(index).text)
         right = [text_label(names[i]) == truth for i in ranked]
         show(axes, test.image(index), RIGHT if right[0] else WRONG)
@@ -59,14 +60,6 @@ def draw_readings(path: Path, model: nn.Module, tokenizer: object, names: list[s
                 0, 0.9 - 0.2 * line, shown, fontsize=8, color=RIGHT if is_right else INK, weight=weight, va="center"
             )
     figure.savefig(path, dpi=85)
-
-
-def nearest_names(model: nn.Module, tokenizer: object, names: list[str], chosen: list[int], top: int = 5) -> Tensor:
-    """Rank all names for the chosen pictures of the test set; (len(chosen), top) positions in ``names``."""
-    encoded = encode_images(model, artists_test())
-    row_of = {index: row for row, index in enumerate(encoded.indices)}
-    rows = torch.tensor([row_of[index] for index in chosen])
-    return (encoded.features[rows] @ encode_texts(model, tokenizer, names).T).topk(top).indices
 
 
 def describes(query: str, texts: PairText) -> bool:

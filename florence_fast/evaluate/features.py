@@ -122,11 +122,11 @@ def with_texts(source: PairSource, max_bad_share: float = 0.01) -> tuple[PairSou
     return Subset(source, [index for index, _ in kept]), [text for _, text in kept]
 
 
-def evaluation_transform(model: nn.Module) -> ImageTransform:
-    """Return the transform that the model's configuration asks for: its size, mean and standard deviation."""
+def evaluation_transform(model: nn.Module, size: int | None = None) -> ImageTransform:
+    """Return the transform that the model's configuration asks for, with its size unless another is given."""
     config = model.config
-    size, mean, std = config.image.img_size, config.image_mean, config.image_std
-    return image_transform(size, is_train=False, mean=mean, std=std)
+    size = size or config.image.img_size
+    return image_transform(size, is_train=False, mean=config.image_mean, std=config.image_std)
 
 
 @contextmanager
