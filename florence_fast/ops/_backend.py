@@ -6,6 +6,8 @@ torch.compile sees a constant.
 """
 
 import functools
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -97,7 +99,7 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
     reasons_of = OPS[op].unsupported_reasons
     forced = backend_in_force()
     if forced == "auto":
-        return next(name for name in BACKENDS if not reasons_of(name, *args, **kwargs))
+        return next(name for name in BACKENDS if not _reasons_against_auto(op, name, args, kwargs))
     reasons = reasons_of(forced, *args, **kwargs)
     if reasons:
         raise RuntimeError(f"backend {forced!r} cannot run {op}: " + "; ".join(reasons))
@@ -116,8 +118,42 @@ def explain(device: str | None = None) -> list[Explanation]:
     rows = []
     for entry in OPS.values():
         args, kwargs = entry.example(device)
-        rows += [Explanation(entry.name, name, entry.unsupported_reasons(name, *args, **kwargs)) for name in BACKENDS]
+        rows += [
+            Explanation(entry.name, name, _reasons_against_auto(entry.name, name, args, kwargs)) for name in BACKENDS
+        ]
     return rows
+
+
+def _reasons_against_auto(op: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Give the reasons for which ``auto`` passes a backend by: it cannot, or it would only interpret the kernel."""
+    reasons = OPS[op].unsupported_reasons(name, *args, **kwargs)
+    if name == "triton" and not reasons and interpreting():
+        return ["Triton's interpreter is for proofs: it runs only where it is forced"]
+    return reasons
+
+
+def interpreting() -> bool:
+    """Say whether Triton, if it is imported in this process, interprets its kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_reasons(x: Tensor) -> list[str]:
+    """Say why no Triton kernel can run on ``x``, whatever the op; empty if one can."""
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed"]
+    if x.device.type == "cpu":
+        return [] if interpreting() else ["kernels run on the CPU only under TRITON_INTERPRET=1"]
+    if x.device.type != "cuda":
+        return [f"kernels run on CUDA devices, not on {x.device.type!r}"]
+    major, minor = _capability(x.device.index or 0)
+    return (
+        [] if major >= 8 else [f"kernels need compute capability 8.0 (A100) or newer, this device has {major}.{minor}"]
+    )
+
+
+@torch.compiler.assume_constant_result
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -127,12 +163,17 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False)
 
 
-def autocast_input(x: Tensor) -> Tensor:
-    """Cast ``x`` as autocast would cast the input of a matrix product; without autocast return it as it is."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that autocast would give the input of a matrix product; without autocast the one it has."""
     device_type = x.device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return x
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device_type))
+        return x.dtype
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device_type)
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """Cast ``x`` to its ``autocast_dtype``."""
+    return x.to(autocast_dtype(x))
 
 
 def define(

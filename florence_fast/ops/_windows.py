@@ -19,6 +19,14 @@ MAX_LOG_SCALE = math.log(100.0)
 """Swin V2 multiplies the cosine of two tokens by at most 100."""
 
 
+def keeps_log_sum_exp(window_size: Sequence[int]) -> bool:
+    """Say whether the kernels keep a number a row for their backward: a whole row of scores is in registers up to 64.
+
+    The window that was asked for decides, not the map, so that a compiled function holds for every map.
+    """
+    return math.prod(window_size) > 64
+
+
 @dataclass(frozen=True)
 class Cut:
     """A map of ``size`` cut into ``grid`` windows of ``window``, after a cyclic shift by ``shift``; all per axis."""

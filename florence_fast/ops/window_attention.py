@@ -9,6 +9,7 @@ h heads · d head dim.
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from florence_fast.ops._windows import (
     corner_index,
     crop,
     cut_map,
+    keeps_log_sum_exp,
     merge,
     offset_index,
     partition,
@@ -30,6 +32,11 @@ from florence_fast.ops._windows import (
 )
 
 PAD_MODES = ("mask", "bias")
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_HEAD_DIMS = (16, 32, 64, 128)
+MAX_TRITON_TOKENS = 64
+MIN_TRITON_SCALE = 2.0**-10
 
 
 def window_attention(
@@ -233,10 +240,41 @@ def unsupported_reasons(
 ) -> list[str]:
     """Say why ``backend`` cannot run ``window_attention`` on these arguments; an empty list means that it can."""
     if backend == "triton":
-        return ["no Triton kernel for window_attention in this version"]
+        return _triton_reasons(qkv, **options)
     if backend == "cpp":
         return ["no native kernel for window_attention in this version"]
     return []
+
+
+def _triton_reasons(
+    qkv: Tensor,
+    *,
+    window_size: int | Sequence[int],
+    num_heads: int,
+    scale: float | None = None,
+    logit_scale: Tensor | None = None,
+    **_: Any,
+) -> list[str]:
+    # The window that is asked for is looked at, not the map: a compiled function must not depend on the map's size.
+    reasons = _backend.triton_reasons(qkv)
+    if qkv.ndim != 4:
+        return [*reasons, "no Triton kernel for 3-D windows in this version"]
+    tokens = window_size**2 if isinstance(window_size, int) else math.prod(window_size)
+    if tokens > MAX_TRITON_TOKENS:
+        reasons.append(f"the kernels hold at most {MAX_TRITON_TOKENS} tokens a window, got {tokens}")
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    if head_dim not in TRITON_HEAD_DIMS:
+        reasons.append(f"the head dim must be one of {TRITON_HEAD_DIMS}, got {head_dim}")
+    dtype = _backend.autocast_dtype(qkv)
+    if dtype not in TRITON_DTYPES:
+        reasons.append(f"qkv must be float16, bfloat16 or float32, got {dtype}")
+    if dtype == torch.bfloat16 and _backend.interpreting():
+        reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
+    if logit_scale is not None:
+        reasons.append("no Triton kernel for cosine attention in this version")
+    if scale is not None and not scale >= MIN_TRITON_SCALE:
+        reasons.append(f"the kernels divide the bias by the scale, which must be at least {MIN_TRITON_SCALE}")
+    return reasons
 
 
 def _forward(
@@ -256,17 +294,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     tensors = (qkv, rel_pos_bias_table, bias, logit_scale, qkv_bias)
     values = (window_size, num_heads, shift_size, scale, pad_mode, cyclic)
-    return _IMPLEMENTATIONS[backend].window_attention_fwd(*tensors, *values, train)
+    return _implementation(backend).window_attention_fwd(*tensors, *values, train)
 
 
 def _forward_fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    window_size, num_heads, *_, train, _backend_name = args[4:]
+    window_size, num_heads, *_, train, backend = args[4:]
     out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
-    if not train:
-        return out, qkv.new_empty(0)
     window, grid = window_and_grid(qkv.shape[1:-1], tuple(window_size))
-    tokens = math.prod(window)
-    return out, qkv.new_empty(qkv.shape[0] * math.prod(grid), num_heads, tokens, tokens)
+    rows = (qkv.shape[0] * math.prod(grid), num_heads, math.prod(window))
+    if backend == "triton":
+        keeps = train and keeps_log_sum_exp(window_size)
+        return out, qkv.new_empty(rows if keeps else 0, dtype=torch.float32)
+    return out, qkv.new_empty((*rows, rows[-1]) if train else 0)
 
 
 def _backward(
@@ -289,7 +328,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (qkv, rel_pos_bias_table, bias, logit_scale, qkv_bias)
     values = (window_size, num_heads, shift_size, scale, pad_mode, cyclic)
-    grads = _IMPLEMENTATIONS[backend].window_attention_bwd(grad_out, *tensors, kept, needs, *values)
+    grads = _implementation(backend).window_attention_bwd(grad_out, *tensors, kept, needs, *values)
     return tuple(qkv.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -306,7 +345,15 @@ def _example(device: str) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
     return (qkv, table), {"window_size": 7, "num_heads": 2, "shift_size": 3}
 
 
-_IMPLEMENTATIONS = {"torch": _window_attention_torch}
+def _implementation(backend: str) -> ModuleType:
+    """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
+    if backend == "triton":
+        from florence_fast.ops import _window_attention_triton
+
+        return _window_attention_triton
+    return _window_attention_torch
+
+
 _window_attention = _backend.define("window_attention", 5, _forward, _forward_fake, _backward, _backward_fake)
 _backend.register_entry(
     _backend.OpEntry("window_attention", window_attention, window_attention_reference, unsupported_reasons, _example)

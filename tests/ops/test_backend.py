@@ -6,7 +6,7 @@ import torch
 from florence_fast import ops
 from florence_fast.ops import _backend
 
-NO_TRITON = "no Triton kernel for window_attention in this version"
+NOT_HERE = "kernels run on the CPU only under TRITON_INTERPRET=1"
 NO_NATIVE = "no native kernel for window_attention in this version"
 
 
@@ -43,12 +43,22 @@ def test_context_wins_over_variable_and_nests(monkeypatch: pytest.MonkeyPatch) -
     assert chosen() == "reference"
 
 
-@pytest.mark.parametrize(("name", "reason"), [("triton", NO_TRITON), ("cpp", NO_NATIVE)])
-def test_forced_backend_that_cannot_run_says_why(name: str, reason: str) -> None:
+@pytest.mark.parametrize(("name", "reason"), [("triton", NOT_HERE), ("cpp", NO_NATIVE)])
+def test_forced_backend_that_cannot_run_says_why(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
     with (
         ops.backend(name),
         pytest.raises(RuntimeError, match=f"backend '{name}' cannot run window_attention: {reason}"),
     ):
+        call()
+
+
+def test_the_interpreter_runs_only_where_it_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen() == "torch"
+    with ops.backend("triton"):
+        assert chosen() == "triton"
+    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None)
+    with ops.backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
         call()
 
 
@@ -72,7 +82,7 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_explain_lists_every_op_and_backend() -> None:
     rows = {(row.op, row.backend): row.reasons for row in ops.explain("cpu")}
     assert set(rows) == {(op, name) for op in ops.OPS for name in _backend.BACKENDS}
-    assert rows["window_attention", "triton"] == [NO_TRITON]
+    assert rows["window_attention", "triton"] == ["Triton's interpreter is for proofs: it runs only where it is forced"]
     assert rows["window_attention", "torch"] == rows["window_attention", "reference"] == []
 
 

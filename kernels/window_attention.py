@@ -1,0 +1,406 @@
+"""Window attention, forward and backward, in one pass over the map: ``softmax(scale q k^T + B) v`` in every window.
+
+A program owns one head and a run of windows. It reads q, k and v of a window where the QKV linear wrote them and
+writes the result where the next linear reads it: no roll, no partition, no mask and no scores are ever in memory.
+The bias, expanded to N x N and divided by the scale, stays in registers for the whole run as the accumulator that
+q k^T starts from, and so does the sum of its gradient. The backward computes the probabilities anew: nothing is kept.
+This is the form for N <= 64; ``window_attention_tall`` has the one for more tokens.
+
+Bytes of a window and head, at 2 bytes an element: forward 8 N d (q, k, v in, out), backward 14 N d (q, k, v, dout in;
+dq, dk, dv out). Statistics are float32; results have the dtype of ``qkv``.
+
+Compiled for sm_80 and sm_90 at N = 49 or 64 and d = 32 it must show 16-byte loads of the streams, tensor instructions
+for the products, no stack in the forward and less than 64 bytes of it in the backward.
+
+Letters: B batch · H W map height and width · C channels · N tokens in one window · h heads · d head dim.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from florence_fast.kernels.configs import Config, config_of
+from florence_fast.kernels.rel_pos_bias import BiasForm, expand_bias, fold_bias_grad, place_bias_grad
+from florence_fast.kernels.targets import target_of
+from florence_fast.kernels.window_index import (
+    GEOMETRY,
+    WindowPlan,
+    count_windows,
+    edge_place,
+    grids,
+    hide_other_regions,
+    inner_place,
+    inner_start,
+    load_tokens,
+    locate_window,
+    next_window,
+    span_of_run,
+)
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _probabilities(q, k, bias, region, scale, EDGE: tl.constexpr, PRECISION: tl.constexpr):
+    """Give softmax(scale * (q k^T + bias)) before its division (N, N), and the sums to divide by (N,)."""
+    if EDGE:
+        bias = hide_other_regions(region, region, bias, PRECISION if q.dtype == tl.float32 else "tf32")
+    scores = tl.dot(q, tl.trans(k), bias, input_precision=PRECISION)
+    scale *= _LOG2_E
+    p = tl.exp2(scores * scale - (tl.max(scores, 1) * scale)[:, None])
+    return p, tl.sum(p, 1)
+
+
+@triton.jit
+def _forward_windows(
+    qkv_ptr,
+    fill_ptr,
+    out_ptr,
+    bias,
+    B,
+    H,
+    W,
+    C,
+    run,
+    num_runs,
+    shift_h,
+    shift_w,
+    scale,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    D: tl.constexpr,
+    N_PAD: tl.constexpr,
+    CYCLIC_H: tl.constexpr,
+    CYCLIC_W: tl.constexpr,
+    FILL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Attend in this run's inner windows, or in its edge windows."""
+    i, d = tl.arange(0, N_PAD), tl.arange(0, D)
+    valid = i < WH * WW
+    if not EDGE:
+        place, real, region = inner_place(i, W, WW), valid, i
+    grid_h, grid_w, inner_h, inner_w = grids(H, W, shift_h, shift_w, WH, WW)
+    start, stop = span_of_run(B * count_windows(grid_h, grid_w, inner_h, inner_w, EDGE), run, num_runs)
+    b, wy, wx = locate_window(start, grid_h, grid_w, inner_h, inner_w, EDGE)
+    for _ in range(start, stop):
+        if EDGE:
+            first = (b * H).to(tl.int64) * W
+            place, real, region = edge_place(i, wy, wx, H, W, shift_h, shift_w, WH, WW, CYCLIC_H, CYCLIC_W, not FILL)
+        else:
+            first = inner_start(b, wy, wx, H, W, shift_h, shift_w, WH, WW)
+        offset, ptr = place[:, None] * (3 * C) + d[None, :], qkv_ptr + first * (3 * C)
+        q = load_tokens(ptr, offset, real, valid, fill_ptr, d, FILL and EDGE)
+        k = load_tokens(ptr + C, offset, real, valid, fill_ptr + C, d, FILL and EDGE)
+        v = load_tokens(ptr + 2 * C, offset, real, valid, fill_ptr + 2 * C, d, FILL and EDGE)
+        p, total = _probabilities(q, k, bias, region, scale, EDGE, PRECISION)
+        out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
+        tl.store(out_ptr + first * C + place[:, None] * C + d[None, :], out.to(v.dtype), mask=real[:, None])
+        b, wy, wx = next_window(b, wy, wx, grid_h, grid_w, inner_h, inner_w, EDGE)
+
+
+@triton.jit(do_not_specialize=GEOMETRY)
+def _window_attention_fwd_kernel(
+    qkv_ptr,  # (B, H, W, 3, h, d)
+    bias_ptr,  # (h, N_PAD, N_PAD), divided by scale
+    fill_ptr,  # (3, h, d), what pads hold; read if FILL
+    out_ptr,  # (B, H, W, h, d)
+    B,
+    H,
+    W,
+    num_heads,
+    shift_h,
+    shift_w,
+    scale,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    D: tl.constexpr,
+    N_PAD: tl.constexpr,
+    CYCLIC_H: tl.constexpr,
+    CYCLIC_W: tl.constexpr,
+    FILL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
+):
+    head, run, num_runs = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads, tl.num_programs(0) // num_heads
+    i = tl.arange(0, N_PAD)
+    bias = tl.load(bias_ptr + head * N_PAD * N_PAD + i[:, None] * N_PAD + i[None, :])
+    qkv_ptr, fill_ptr, out_ptr = qkv_ptr + head * D, fill_ptr + head * D, out_ptr + head * D
+    C = num_heads * D
+    # fmt: off
+    _forward_windows(qkv_ptr, fill_ptr, out_ptr, bias, B, H, W, C, run, num_runs, shift_h, shift_w, scale,
+                     WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, PRECISION, False)
+    if HAS_EDGES:
+        _forward_windows(qkv_ptr, fill_ptr, out_ptr, bias, B, H, W, C, run, num_runs, shift_h, shift_w, scale,
+                         WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, PRECISION, True)
+    # fmt: on
+
+
+@triton.jit
+def _window_gradients(q, k, v, dout, p, total, PRECISION: tl.constexpr, SAFE_DOTS: tl.constexpr):
+    """Give the gradients of q k^T + B (N, N), and of q, k and v (N, d), the first two not yet scaled."""
+    p *= (1.0 / total)[:, None]
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+    p_low, ds_low = p.to(v.dtype), ds.to(v.dtype)
+    dq = tl.dot(ds_low, k, input_precision=PRECISION)
+    if SAFE_DOTS:
+        # Some Triton versions give wrong values on Hopper for a product whose left side is a transposed product.
+        dv = tl.trans(tl.dot(tl.trans(dout), p_low, input_precision=PRECISION))
+        dk = tl.trans(tl.dot(tl.trans(q), ds_low, input_precision=PRECISION))
+    else:
+        dv = tl.dot(tl.trans(p_low), dout, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds_low), q, input_precision=PRECISION)
+    return ds, dq, dk, dv
+
+
+@triton.jit
+def _backward_windows(
+    qkv_ptr,
+    fill_ptr,
+    dout_ptr,
+    dqkv_ptr,
+    bias,
+    dbias,
+    B,
+    H,
+    W,
+    C,
+    run,
+    num_runs,
+    shift_h,
+    shift_w,
+    scale,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    D: tl.constexpr,
+    N_PAD: tl.constexpr,
+    CYCLIC_H: tl.constexpr,
+    CYCLIC_W: tl.constexpr,
+    FILL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SAFE_DOTS: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Differentiate this run's inner or edge windows; give ``dbias`` with their part, and the pads' dq, dk, dv (d,)."""
+    i, d = tl.arange(0, N_PAD), tl.arange(0, D)
+    valid = i < WH * WW
+    if not EDGE:
+        place, real, region = inner_place(i, W, WW), valid, i
+    dfill_k, dfill_v = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
+    grid_h, grid_w, inner_h, inner_w = grids(H, W, shift_h, shift_w, WH, WW)
+    start, stop = span_of_run(B * count_windows(grid_h, grid_w, inner_h, inner_w, EDGE), run, num_runs)
+    b, wy, wx = locate_window(start, grid_h, grid_w, inner_h, inner_w, EDGE)
+    for _ in range(start, stop):
+        if EDGE:
+            first = (b * H).to(tl.int64) * W
+            place, real, region = edge_place(i, wy, wx, H, W, shift_h, shift_w, WH, WW, CYCLIC_H, CYCLIC_W, not FILL)
+        else:
+            first = inner_start(b, wy, wx, H, W, shift_h, shift_w, WH, WW)
+        offset, ptr = place[:, None] * (3 * C) + d[None, :], qkv_ptr + first * (3 * C)
+        q = load_tokens(ptr, offset, real, valid, fill_ptr, d, FILL and EDGE)
+        k = load_tokens(ptr + C, offset, real, valid, fill_ptr + C, d, FILL and EDGE)
+        v = load_tokens(ptr + 2 * C, offset, real, valid, fill_ptr + 2 * C, d, FILL and EDGE)
+        dout = tl.load(dout_ptr + first * C + place[:, None] * C + d[None, :], mask=real[:, None], other=0.0)
+        p, total = _probabilities(q, k, bias, region, scale, EDGE, PRECISION)
+        ds, dq, dk, dv = _window_gradients(q, k, v, dout, p, total, PRECISION, SAFE_DOTS)
+        dbias += ds
+        dq, dk = dq * scale, dk * scale
+        ptr = dqkv_ptr + first * (3 * C)
+        tl.store(ptr + offset, dq.to(q.dtype), mask=real[:, None])
+        tl.store(ptr + C + offset, dk.to(q.dtype), mask=real[:, None])
+        tl.store(ptr + 2 * C + offset, dv.to(q.dtype), mask=real[:, None])
+        if FILL and EDGE:
+            # A pad is nobody's query that counts: its dq is zero.
+            dfill_k += tl.sum(tl.where(real[:, None], 0.0, dk), 0)
+            dfill_v += tl.sum(tl.where(real[:, None], 0.0, dv), 0)
+        b, wy, wx = next_window(b, wy, wx, grid_h, grid_w, inner_h, inner_w, EDGE)
+    return dbias, dfill_k, dfill_v
+
+
+@triton.jit(do_not_specialize=GEOMETRY)
+def _window_attention_bwd_kernel(
+    qkv_ptr,  # (B, H, W, 3, h, d)
+    bias_ptr,  # (h, N_PAD, N_PAD), divided by scale
+    fill_ptr,  # (3, h, d), what pads hold; read if FILL
+    dout_ptr,  # (B, H, W, h, d)
+    dqkv_ptr,  # (B, H, W, 3, h, d)
+    dbias_partial_ptr,  # (runs, h, N_PAD, N_PAD) float32
+    dfill_partial_ptr,  # (runs, 3, h, d) float32; written if FILL
+    B,
+    H,
+    W,
+    num_heads,
+    shift_h,
+    shift_w,
+    scale,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    D: tl.constexpr,
+    N_PAD: tl.constexpr,
+    CYCLIC_H: tl.constexpr,
+    CYCLIC_W: tl.constexpr,
+    FILL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SAFE_DOTS: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
+):
+    head, run, num_runs = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads, tl.num_programs(0) // num_heads
+    i, d = tl.arange(0, N_PAD), tl.arange(0, D)
+    square = i[:, None] * N_PAD + i[None, :]
+    bias = tl.load(bias_ptr + head * N_PAD * N_PAD + square)
+    dbias = tl.zeros((N_PAD, N_PAD), tl.float32)
+    qkv_ptr, fill_ptr, dout_ptr, dqkv_ptr = (
+        qkv_ptr + head * D,
+        fill_ptr + head * D,
+        dout_ptr + head * D,
+        dqkv_ptr + head * D,
+    )
+    C = num_heads * D
+    # fmt: off
+    dbias, _, _ = _backward_windows(
+        qkv_ptr, fill_ptr, dout_ptr, dqkv_ptr, bias, dbias, B, H, W, C, run, num_runs, shift_h, shift_w, scale,
+        WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, PRECISION, SAFE_DOTS, False)
+    if HAS_EDGES:
+        dbias, dfill_k, dfill_v = _backward_windows(
+            qkv_ptr, fill_ptr, dout_ptr, dqkv_ptr, bias, dbias, B, H, W, C, run, num_runs, shift_h, shift_w, scale,
+            WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, PRECISION, SAFE_DOTS, True)
+        if FILL:
+            partial = dfill_partial_ptr + run * 3 * C + head * D + d
+            tl.store(partial, tl.zeros((D,), tl.float32))
+            tl.store(partial + C, dfill_k)
+            tl.store(partial + 2 * C, dfill_v)
+    # fmt: on
+    tl.store(dbias_partial_ptr + (run * num_heads + head) * N_PAD * N_PAD + square, dbias)
+
+
+def _config(kernel: str, arch: int, plan: WindowPlan, dtype: torch.dtype, tf32: bool) -> Config:
+    """Return the measured configuration, else one whose code the static budget has found free of long spills."""
+    backward = kernel == "window_attention_bwd"
+    default = Config(num_warps=4, num_stages=2, programs_per_sm=2 if backward else 4)
+    if dtype == torch.float32 and not tf32:
+        default = Config(num_warps=8, num_stages=1 if backward else 2, programs_per_sm=1)
+    elif plan.head_dim == 128 and backward:
+        default = Config(num_warps=8, num_stages=1, programs_per_sm=1)
+    return config_of(kernel, arch, dtype, _bias_form(plan).rows, plan.head_dim, default)
+
+
+def _bias_form(plan: WindowPlan) -> BiasForm:
+    side = max(16, triton.next_power_of_2(plan.tokens))
+    return BiasForm(side, side, torch.float32)
+
+
+def window_attention_fwd(
+    qkv: Tensor,
+    rel_pos_bias_table: Tensor | None,
+    bias: Tensor | None,
+    qkv_bias: Tensor | None,
+    window_size: Sequence[int],
+    num_heads: int,
+    shift_size: Sequence[int],
+    scale: float,
+    pad_mode: str,
+    cyclic: Sequence[bool],
+    train: bool,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the result (B, H, W, C) and what the backward needs beside the inputs, which is empty for N <= 64."""
+    plan = WindowPlan.of(qkv, num_heads, window_size, shift_size)
+    out = qkv.new_empty(*qkv.shape[:-1], num_heads * plan.head_dim)
+    kept = qkv.new_empty(0, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, kept
+    qkv = qkv.contiguous()
+    form, target = _bias_form(plan), target_of(qkv.device)
+    expanded = expand_bias(rel_pos_bias_table, bias, num_heads, scale, plan.full, plan.window, form, qkv.device)
+    config = _config("window_attention_fwd", target.arch, plan, qkv.dtype, tf32)
+    _window_attention_fwd_kernel[(num_heads * plan.runs(config, target),)](
+        qkv,
+        expanded,
+        qkv_bias.contiguous() if pad_mode == "bias" else qkv,
+        out,
+        plan.batch,
+        *plan.size,
+        num_heads,
+        *plan.shift,
+        scale,
+        *plan.window,
+        plan.head_dim,
+        form.rows,
+        *cyclic,
+        pad_mode == "bias",
+        "tf32" if tf32 else "ieee",
+        plan.has_edges,
+        **config.options,
+    )
+    return out, kept
+
+
+def window_attention_bwd(
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_pos_bias_table: Tensor | None,
+    bias: Tensor | None,
+    qkv_bias: Tensor | None,
+    kept: Tensor,
+    needs: Sequence[bool],
+    window_size: Sequence[int],
+    num_heads: int,
+    shift_size: Sequence[int],
+    scale: float,
+    pad_mode: str,
+    cyclic: Sequence[bool],
+    tf32: bool = False,
+    safe_dots: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of qkv, table, bias and qkv_bias, None where ``needs`` is false.
+
+    ``safe_dots`` avoids products whose left side is a transposed product.
+    """
+    needs_qkv, needs_table, needs_bias, needs_qkv_bias = needs
+    plan, qkv = WindowPlan.of(qkv, num_heads, window_size, shift_size), qkv.contiguous()
+    form, target = _bias_form(plan), target_of(qkv.device)
+    expanded = expand_bias(rel_pos_bias_table, bias, num_heads, scale, plan.full, plan.window, form, qkv.device)
+    config = _config("window_attention_bwd", target.arch, plan, qkv.dtype, tf32)
+    runs = plan.runs(config, target)
+    dqkv = torch.empty_like(qkv)
+    dbias_partial = qkv.new_empty(runs, num_heads, form.rows, form.columns, dtype=torch.float32)
+    fills = pad_mode == "bias" and plan.has_edges
+    dfill_partial = qkv.new_empty((runs, qkv.shape[-1]) if fills else 0, dtype=torch.float32)
+    _window_attention_bwd_kernel[(num_heads * runs,)](
+        qkv,
+        expanded,
+        qkv_bias.contiguous() if fills else qkv,
+        grad_out,
+        dqkv,
+        dbias_partial,
+        dfill_partial,
+        plan.batch,
+        *plan.size,
+        num_heads,
+        *plan.shift,
+        scale,
+        *plan.window,
+        plan.head_dim,
+        form.rows,
+        *cyclic,
+        pad_mode == "bias",
+        "tf32" if tf32 else "ieee",
+        safe_dots,
+        plan.has_edges,
+        **config.options,
+    )
+    dqkv_bias = None
+    if needs_qkv_bias:
+        dqkv_bias = dfill_partial.sum(0).to(qkv_bias.dtype) if fills else torch.zeros_like(qkv_bias)
+    return (
+        dqkv if needs_qkv else None,
+        fold_bias_grad(dbias_partial, rel_pos_bias_table, plan.full, plan.window) if needs_table else None,
+        place_bias_grad(dbias_partial, bias, plan.full, plan.window) if needs_bias else None,
+        dqkv_bias,
+    )
