@@ -23,22 +23,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from florence_fast.kernels.configs import Config, config_of
-from florence_fast.kernels.rel_pos_bias import BiasForm, expand_bias, fold_bias_grad, place_bias_grad
-from florence_fast.kernels.targets import target_of
+from florence_fast.kernels.configs import Config
+from florence_fast.kernels.rel_pos_bias import BiasForm, fold_bias_grad, place_bias_grad
+from florence_fast.kernels.window_attention_tall import tall_forward
+from florence_fast.kernels.window_attention_tall_bwd import tall_backward
+from florence_fast.kernels.window_call import WindowCall, window_call
 from florence_fast.kernels.window_index import (
     GEOMETRY,
-    WindowPlan,
     count_windows,
-    edge_place,
-    grids,
+    first_token,
+    grid_of,
     hide_other_regions,
-    inner_place,
-    inner_start,
     load_tokens,
     locate_window,
     next_window,
+    place_tokens,
     span_of_run,
+    store_tokens,
 )
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -61,14 +62,9 @@ def _forward_windows(
     fill_ptr,
     out_ptr,
     bias,
-    B,
-    H,
-    W,
-    C,
+    geometry,
     run,
     num_runs,
-    shift_h,
-    shift_w,
     scale,
     WH: tl.constexpr,
     WW: tl.constexpr,
@@ -77,31 +73,29 @@ def _forward_windows(
     CYCLIC_H: tl.constexpr,
     CYCLIC_W: tl.constexpr,
     FILL: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Attend in this run's inner windows, or in its edge windows."""
+    B, H, W, C, shift_h, shift_w = geometry
     i, d = tl.arange(0, N_PAD), tl.arange(0, D)
     valid = i < WH * WW
-    if not EDGE:
-        place, real, region = inner_place(i, W, WW), valid, i
-    grid_h, grid_w, inner_h, inner_w = grids(H, W, shift_h, shift_w, WH, WW)
-    start, stop = span_of_run(B * count_windows(grid_h, grid_w, inner_h, inner_w, EDGE), run, num_runs)
-    b, wy, wx = locate_window(start, grid_h, grid_w, inner_h, inner_w, EDGE)
+    WHOLE: tl.constexpr = N_PAD == WH * WW and not (EDGE and RAGGED)
+    grid = grid_of(geometry, WH, WW)
+    start, stop = span_of_run(B * count_windows(grid, EDGE), run, num_runs)
+    b, wy, wx = locate_window(start, grid, EDGE)
     for _ in range(start, stop):
-        if EDGE:
-            first = (b * H).to(tl.int64) * W
-            place, real, region = edge_place(i, wy, wx, H, W, shift_h, shift_w, WH, WW, CYCLIC_H, CYCLIC_W, not FILL)
-        else:
-            first = inner_start(b, wy, wx, H, W, shift_h, shift_w, WH, WW)
+        first = first_token(b, wy, wx, geometry, WH, WW)
+        place, real, region = place_tokens(i, wy, wx, geometry, WH, WW, CYCLIC_H, CYCLIC_W, not FILL, RAGGED, EDGE)
         offset, ptr = place[:, None] * (3 * C) + d[None, :], qkv_ptr + first * (3 * C)
-        q = load_tokens(ptr, offset, real, valid, fill_ptr, d, FILL and EDGE)
-        k = load_tokens(ptr + C, offset, real, valid, fill_ptr + C, d, FILL and EDGE)
-        v = load_tokens(ptr + 2 * C, offset, real, valid, fill_ptr + 2 * C, d, FILL and EDGE)
+        q = load_tokens(ptr, offset, real, valid, fill_ptr, d, FILL and EDGE, WHOLE)
+        k = load_tokens(ptr + C, offset, real, valid, fill_ptr + C, d, FILL and EDGE, WHOLE)
+        v = load_tokens(ptr + 2 * C, offset, real, valid, fill_ptr + 2 * C, d, FILL and EDGE, WHOLE)
         p, total = _probabilities(q, k, bias, region, scale, EDGE, PRECISION)
         out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * (1.0 / total)[:, None]
-        tl.store(out_ptr + first * C + place[:, None] * C + d[None, :], out.to(v.dtype), mask=real[:, None])
-        b, wy, wx = next_window(b, wy, wx, grid_h, grid_w, inner_h, inner_w, EDGE)
+        store_tokens(out_ptr + first * C, place[:, None] * C + d[None, :], out, real, WHOLE)
+        b, wy, wx = next_window(b, wy, wx, grid, EDGE)
 
 
 @triton.jit(do_not_specialize=GEOMETRY)
@@ -124,6 +118,7 @@ def _window_attention_fwd_kernel(
     CYCLIC_H: tl.constexpr,
     CYCLIC_W: tl.constexpr,
     FILL: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_EDGES: tl.constexpr,
 ):
@@ -131,13 +126,13 @@ def _window_attention_fwd_kernel(
     i = tl.arange(0, N_PAD)
     bias = tl.load(bias_ptr + head * N_PAD * N_PAD + i[:, None] * N_PAD + i[None, :])
     qkv_ptr, fill_ptr, out_ptr = qkv_ptr + head * D, fill_ptr + head * D, out_ptr + head * D
-    C = num_heads * D
+    geometry = (B, H, W, num_heads * D, shift_h, shift_w)
     # fmt: off
-    _forward_windows(qkv_ptr, fill_ptr, out_ptr, bias, B, H, W, C, run, num_runs, shift_h, shift_w, scale,
-                     WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, PRECISION, False)
+    _forward_windows(qkv_ptr, fill_ptr, out_ptr, bias, geometry, run, num_runs, scale,
+                     WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, RAGGED, PRECISION, False)
     if HAS_EDGES:
-        _forward_windows(qkv_ptr, fill_ptr, out_ptr, bias, B, H, W, C, run, num_runs, shift_h, shift_w, scale,
-                         WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, PRECISION, True)
+        _forward_windows(qkv_ptr, fill_ptr, out_ptr, bias, geometry, run, num_runs, scale,
+                         WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, RAGGED, PRECISION, True)
     # fmt: on
 
 
@@ -167,14 +162,9 @@ def _backward_windows(
     dqkv_ptr,
     bias,
     dbias,
-    B,
-    H,
-    W,
-    C,
+    geometry,
     run,
     num_runs,
-    shift_h,
-    shift_w,
     scale,
     WH: tl.constexpr,
     WW: tl.constexpr,
@@ -183,43 +173,42 @@ def _backward_windows(
     CYCLIC_H: tl.constexpr,
     CYCLIC_W: tl.constexpr,
     FILL: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     SAFE_DOTS: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Differentiate this run's inner or edge windows; give ``dbias`` with their part, and the pads' dq, dk, dv (d,)."""
+    B, H, W, C, shift_h, shift_w = geometry
     i, d = tl.arange(0, N_PAD), tl.arange(0, D)
     valid = i < WH * WW
-    if not EDGE:
-        place, real, region = inner_place(i, W, WW), valid, i
+    WHOLE: tl.constexpr = N_PAD == WH * WW and not (EDGE and RAGGED)
     dfill_k, dfill_v = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
-    grid_h, grid_w, inner_h, inner_w = grids(H, W, shift_h, shift_w, WH, WW)
-    start, stop = span_of_run(B * count_windows(grid_h, grid_w, inner_h, inner_w, EDGE), run, num_runs)
-    b, wy, wx = locate_window(start, grid_h, grid_w, inner_h, inner_w, EDGE)
+    grid = grid_of(geometry, WH, WW)
+    start, stop = span_of_run(B * count_windows(grid, EDGE), run, num_runs)
+    b, wy, wx = locate_window(start, grid, EDGE)
     for _ in range(start, stop):
-        if EDGE:
-            first = (b * H).to(tl.int64) * W
-            place, real, region = edge_place(i, wy, wx, H, W, shift_h, shift_w, WH, WW, CYCLIC_H, CYCLIC_W, not FILL)
-        else:
-            first = inner_start(b, wy, wx, H, W, shift_h, shift_w, WH, WW)
+        first = first_token(b, wy, wx, geometry, WH, WW)
+        place, real, region = place_tokens(i, wy, wx, geometry, WH, WW, CYCLIC_H, CYCLIC_W, not FILL, RAGGED, EDGE)
         offset, ptr = place[:, None] * (3 * C) + d[None, :], qkv_ptr + first * (3 * C)
-        q = load_tokens(ptr, offset, real, valid, fill_ptr, d, FILL and EDGE)
-        k = load_tokens(ptr + C, offset, real, valid, fill_ptr + C, d, FILL and EDGE)
-        v = load_tokens(ptr + 2 * C, offset, real, valid, fill_ptr + 2 * C, d, FILL and EDGE)
-        dout = tl.load(dout_ptr + first * C + place[:, None] * C + d[None, :], mask=real[:, None], other=0.0)
+        q = load_tokens(ptr, offset, real, valid, fill_ptr, d, FILL and EDGE, WHOLE)
+        k = load_tokens(ptr + C, offset, real, valid, fill_ptr + C, d, FILL and EDGE, WHOLE)
+        v = load_tokens(ptr + 2 * C, offset, real, valid, fill_ptr + 2 * C, d, FILL and EDGE, WHOLE)
+        dout_offset = place[:, None] * C + d[None, :]
+        dout = load_tokens(dout_ptr + first * C, dout_offset, real, valid, fill_ptr, d, False, WHOLE)
         p, total = _probabilities(q, k, bias, region, scale, EDGE, PRECISION)
         ds, dq, dk, dv = _window_gradients(q, k, v, dout, p, total, PRECISION, SAFE_DOTS)
         dbias += ds
         dq, dk = dq * scale, dk * scale
         ptr = dqkv_ptr + first * (3 * C)
-        tl.store(ptr + offset, dq.to(q.dtype), mask=real[:, None])
-        tl.store(ptr + C + offset, dk.to(q.dtype), mask=real[:, None])
-        tl.store(ptr + 2 * C + offset, dv.to(q.dtype), mask=real[:, None])
+        store_tokens(ptr, offset, dq, real, WHOLE)
+        store_tokens(ptr + C, offset, dk, real, WHOLE)
+        store_tokens(ptr + 2 * C, offset, dv, real, WHOLE)
         if FILL and EDGE:
             # A pad is nobody's query that counts: its dq is zero.
             dfill_k += tl.sum(tl.where(real[:, None], 0.0, dk), 0)
             dfill_v += tl.sum(tl.where(real[:, None], 0.0, dv), 0)
-        b, wy, wx = next_window(b, wy, wx, grid_h, grid_w, inner_h, inner_w, EDGE)
+        b, wy, wx = next_window(b, wy, wx, grid, EDGE)
     return dbias, dfill_k, dfill_v
 
 
@@ -246,6 +235,7 @@ def _window_attention_bwd_kernel(
     CYCLIC_H: tl.constexpr,
     CYCLIC_W: tl.constexpr,
     FILL: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     SAFE_DOTS: tl.constexpr,
     HAS_EDGES: tl.constexpr,
@@ -261,16 +251,17 @@ def _window_attention_bwd_kernel(
         dout_ptr + head * D,
         dqkv_ptr + head * D,
     )
-    C = num_heads * D
+    geometry = (B, H, W, num_heads * D, shift_h, shift_w)
     # fmt: off
     dbias, _, _ = _backward_windows(
-        qkv_ptr, fill_ptr, dout_ptr, dqkv_ptr, bias, dbias, B, H, W, C, run, num_runs, shift_h, shift_w, scale,
-        WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, PRECISION, SAFE_DOTS, False)
+        qkv_ptr, fill_ptr, dout_ptr, dqkv_ptr, bias, dbias, geometry, run, num_runs, scale,
+        WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, RAGGED, PRECISION, SAFE_DOTS, False)
     if HAS_EDGES:
         dbias, dfill_k, dfill_v = _backward_windows(
-            qkv_ptr, fill_ptr, dout_ptr, dqkv_ptr, bias, dbias, B, H, W, C, run, num_runs, shift_h, shift_w, scale,
-            WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, PRECISION, SAFE_DOTS, True)
+            qkv_ptr, fill_ptr, dout_ptr, dqkv_ptr, bias, dbias, geometry, run, num_runs, scale,
+            WH, WW, D, N_PAD, CYCLIC_H, CYCLIC_W, FILL, RAGGED, PRECISION, SAFE_DOTS, True)
         if FILL:
+            C = num_heads * D
             partial = dfill_partial_ptr + run * 3 * C + head * D + d
             tl.store(partial, tl.zeros((D,), tl.float32))
             tl.store(partial + C, dfill_k)
@@ -279,20 +270,19 @@ def _window_attention_bwd_kernel(
     tl.store(dbias_partial_ptr + (run * num_heads + head) * N_PAD * N_PAD + square, dbias)
 
 
-def _config(kernel: str, arch: int, plan: WindowPlan, dtype: torch.dtype, tf32: bool) -> Config:
-    """Return the measured configuration, else one whose code the static budget has found free of long spills."""
-    backward = kernel == "window_attention_bwd"
-    default = Config(num_warps=4, num_stages=2, programs_per_sm=2 if backward else 4)
-    if dtype == torch.float32 and not tf32:
-        default = Config(num_warps=8, num_stages=1 if backward else 2, programs_per_sm=1)
-    elif plan.head_dim == 128 and backward:
-        default = Config(num_warps=8, num_stages=1, programs_per_sm=1)
-    return config_of(kernel, arch, dtype, _bias_form(plan).rows, plan.head_dim, default)
-
-
-def _bias_form(plan: WindowPlan) -> BiasForm:
-    side = max(16, triton.next_power_of_2(plan.tokens))
+def _form(call: WindowCall) -> BiasForm:
+    side = max(16, triton.next_power_of_2(call.tokens))
     return BiasForm(side, side, torch.float32)
+
+
+def _config(call: WindowCall, kernel: str, backward: bool) -> Config:
+    """Return the measured configuration, else one whose code the static budget has found free of long spills."""
+    default = Config(num_warps=4, num_stages=2, programs_per_sm=2 if backward else 4)
+    if call.qkv.dtype == torch.float32 and call.precision == "ieee":
+        default = Config(num_warps=8, num_stages=1 if backward else 2, programs_per_sm=1)
+    elif call.head_dim == 128 and backward:
+        default = Config(num_warps=8, num_stages=1, programs_per_sm=1)
+    return call.config(kernel, _form(call).rows, default)
 
 
 def window_attention_fwd(
@@ -309,33 +299,31 @@ def window_attention_fwd(
     train: bool,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the result (B, H, W, C) and what the backward needs beside the inputs, which is empty for N <= 64."""
-    plan = WindowPlan.of(qkv, num_heads, window_size, shift_size)
-    out = qkv.new_empty(*qkv.shape[:-1], num_heads * plan.head_dim)
-    kept = qkv.new_empty(0, dtype=torch.float32)
+    """Return the result (B, H, W, C) and what the backward needs beside the inputs.
+
+    That is nothing for a window of up to 64 tokens, else the log-sum-exp of each row, in base 2, (B*M, h, N).
+    """
+    arguments = (window_size, num_heads, shift_size, scale, pad_mode, cyclic, tf32)
+    call = window_call(qkv, rel_pos_bias_table, bias, qkv_bias, *arguments)
+    out = call.qkv.new_empty(*qkv.shape[:-1], num_heads * call.head_dim)
+    keeps = train and window_size[0] * window_size[1] > 64
+    kept = call.partial(*((call.windows, num_heads, call.tokens) if keeps else (0,)))
     if out.numel() == 0:
         return out, kept
-    qkv = qkv.contiguous()
-    form, target = _bias_form(plan), target_of(qkv.device)
-    expanded = expand_bias(rel_pos_bias_table, bias, num_heads, scale, plan.full, plan.window, form, qkv.device)
-    config = _config("window_attention_fwd", target.arch, plan, qkv.dtype, tf32)
-    _window_attention_fwd_kernel[(num_heads * plan.runs(config, target),)](
-        qkv,
-        expanded,
-        qkv_bias.contiguous() if pad_mode == "bias" else qkv,
+    if call.tokens > 64:
+        tall_forward(call, out, kept if keeps else None)
+        return out, kept
+    form, config = _form(call), _config(call, "window_attention_fwd", backward=False)
+    _window_attention_fwd_kernel[(num_heads * call.runs(config, num_heads),)](
+        call.qkv,
+        call.expand(form),
+        call.fill,
         out,
-        plan.batch,
-        *plan.size,
-        num_heads,
-        *plan.shift,
-        scale,
-        *plan.window,
-        plan.head_dim,
+        *call.sizes,
         form.rows,
-        *cyclic,
-        pad_mode == "bias",
-        "tf32" if tf32 else "ieee",
-        plan.has_edges,
+        *call.rules,
+        call.precision,
+        call.has_edges,
         **config.options,
     )
     return out, kept
@@ -363,44 +351,44 @@ def window_attention_bwd(
     ``safe_dots`` avoids products whose left side is a transposed product.
     """
     needs_qkv, needs_table, needs_bias, needs_qkv_bias = needs
-    plan, qkv = WindowPlan.of(qkv, num_heads, window_size, shift_size), qkv.contiguous()
-    form, target = _bias_form(plan), target_of(qkv.device)
-    expanded = expand_bias(rel_pos_bias_table, bias, num_heads, scale, plan.full, plan.window, form, qkv.device)
-    config = _config("window_attention_bwd", target.arch, plan, qkv.dtype, tf32)
-    runs = plan.runs(config, target)
-    dqkv = torch.empty_like(qkv)
-    dbias_partial = qkv.new_empty(runs, num_heads, form.rows, form.columns, dtype=torch.float32)
-    fills = pad_mode == "bias" and plan.has_edges
-    dfill_partial = qkv.new_empty((runs, qkv.shape[-1]) if fills else 0, dtype=torch.float32)
-    _window_attention_bwd_kernel[(num_heads * runs,)](
-        qkv,
-        expanded,
-        qkv_bias.contiguous() if fills else qkv,
+    arguments = (window_size, num_heads, shift_size, scale, pad_mode, cyclic, tf32)
+    call = window_call(qkv, rel_pos_bias_table, bias, qkv_bias, *arguments)
+    backward = tall_backward if call.tokens > 64 else _backward
+    dqkv, dbias_partial, dfill_partial = backward(call, grad_out, kept, needs_table or needs_bias, safe_dots)
+    dqkv_bias = None
+    if needs_qkv_bias:
+        dqkv_bias = dfill_partial.sum(0).to(qkv_bias.dtype) if call.fills else torch.zeros_like(qkv_bias)
+    return (
+        dqkv if needs_qkv else None,
+        fold_bias_grad(dbias_partial, rel_pos_bias_table, call.full, call.window) if needs_table else None,
+        place_bias_grad(dbias_partial, bias, call.full, call.window) if needs_bias else None,
+        dqkv_bias,
+    )
+
+
+def _backward(
+    call: WindowCall, grad_out: Tensor, kept: Tensor, needs_bias: bool, safe_dots: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dqkv and the partial sums of the gradients of the N x N bias and of what pads hold."""
+    form, config = _form(call), _config(call, "window_attention_bwd", backward=True)
+    runs = call.runs(config, call.num_heads)
+    dqkv = torch.empty_like(call.qkv)
+    dbias_partial = call.partial(runs, call.num_heads, form.rows, form.columns)
+    dfill_partial = call.partial(*((runs, call.qkv.shape[-1]) if call.fills else (0,)))
+    _window_attention_bwd_kernel[(call.num_heads * runs,)](
+        call.qkv,
+        call.expand(form),
+        call.fill,
         grad_out,
         dqkv,
         dbias_partial,
         dfill_partial,
-        plan.batch,
-        *plan.size,
-        num_heads,
-        *plan.shift,
-        scale,
-        *plan.window,
-        plan.head_dim,
+        *call.sizes,
         form.rows,
-        *cyclic,
-        pad_mode == "bias",
-        "tf32" if tf32 else "ieee",
+        *call.rules,
+        call.precision,
         safe_dots,
-        plan.has_edges,
+        call.has_edges,
         **config.options,
     )
-    dqkv_bias = None
-    if needs_qkv_bias:
-        dqkv_bias = dfill_partial.sum(0).to(qkv_bias.dtype) if fills else torch.zeros_like(qkv_bias)
-    return (
-        dqkv if needs_qkv else None,
-        fold_bias_grad(dbias_partial, rel_pos_bias_table, plan.full, plan.window) if needs_table else None,
-        place_bias_grad(dbias_partial, bias, plan.full, plan.window) if needs_bias else None,
-        dqkv_bias,
-    )
+    return dqkv, dbias_partial, dfill_partial

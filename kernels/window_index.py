@@ -9,16 +9,10 @@ division of integers costs as much as dozens of other instructions.
 Letters: B batch · H W map height and width · N tokens in one window · wy wx position of a window in the grid.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from florence_fast.kernels.configs import Config
 from florence_fast.kernels.rel_pos_bias import MASKED
-from florence_fast.kernels.targets import Target
 
 GEOMETRY = ["B", "H", "W", "num_heads", "shift_h", "shift_w"]
 """Arguments whose divisibility tells the compiler nothing: a new map must not compile again."""
@@ -26,52 +20,29 @@ GEOMETRY = ["B", "H", "W", "num_heads", "shift_h", "shift_w"]
 _MASKED = tl.constexpr(MASKED)
 
 
-@dataclass(frozen=True)
-class WindowPlan:
-    """The sizes of one call: ``full`` is the window that was asked for, ``window`` no longer than the map."""
+@triton.jit
+def load_tokens(ptr, offset, real, valid, fill_ptr, d, FILL: tl.constexpr, WHOLE: tl.constexpr):
+    """Load tokens (N, d): from memory where real; else, where the window goes on, (d,) at ``fill_ptr`` if FILL.
 
-    batch: int
-    size: tuple[int, int]
-    num_heads: int
-    head_dim: int
-    full: tuple[int, int]
-    window: tuple[int, int]
-    shift: tuple[int, int]
-
-    @staticmethod
-    def of(qkv: Tensor, num_heads: int, window_size: Sequence[int], shift_size: Sequence[int]) -> "WindowPlan":
-        """Derive the sizes from qkv (B, H, W, 3*C): an axis no longer than the window is one window, not shifted."""
-        batch, *size, channels = qkv.shape
-        window = tuple(min(s, w) for s, w in zip(size, window_size, strict=True))
-        shift = tuple(0 if s <= w else x for s, w, x in zip(size, window_size, shift_size, strict=True))
-        return WindowPlan(batch, tuple(size), num_heads, channels // (3 * num_heads), tuple(window_size), window, shift)
-
-    @property
-    def tokens(self) -> int:
-        return self.window[0] * self.window[1]
-
-    @property
-    def windows(self) -> int:
-        """How many windows a whole batch has."""
-        return self.batch * triton.cdiv(self.size[0], self.window[0]) * triton.cdiv(self.size[1], self.window[1])
-
-    @property
-    def has_edges(self) -> bool:
-        """Whether some window holds a pad or a seam of the roll."""
-        return any(self.shift) or any(s % w for s, w in zip(self.size, self.window, strict=True))
-
-    def runs(self, config: Config, target: Target) -> int:
-        """Into how many runs the windows are cut, so that all programs are on the GPU at once."""
-        return max(1, min(self.windows, config.programs_per_sm * target.num_sms // self.num_heads))
+    WHOLE says that all of them are real.
+    """
+    if WHOLE:
+        return tl.load(ptr + offset)
+    else:
+        x = tl.load(ptr + offset, mask=real[:, None], other=0.0)
+        if FILL:
+            x = tl.where((valid & ~real)[:, None], tl.load(fill_ptr + d)[None, :].to(x.dtype), x)
+        return x
 
 
 @triton.jit
-def load_tokens(ptr, offset, real, valid, fill_ptr, d, FILL: tl.constexpr):
-    """Load tokens (N, d): from memory where real; else, where the window goes on, (d,) at ``fill_ptr`` if FILL."""
-    x = tl.load(ptr + offset, mask=real[:, None], other=0.0)
-    if FILL:
-        x = tl.where((valid & ~real)[:, None], tl.load(fill_ptr + d)[None, :].to(x.dtype), x)
-    return x
+def store_tokens(ptr, offset, x, real, WHOLE: tl.constexpr):
+    """Store tokens (N, d) where they are real, in the dtype of the memory."""
+    x = x.to(ptr.dtype.element_ty)
+    if WHOLE:
+        tl.store(ptr + offset, x)
+    else:
+        tl.store(ptr + offset, x, mask=real[:, None])
 
 
 @triton.jit
@@ -83,21 +54,24 @@ def span_of_run(count, run, num_runs):
 
 
 @triton.jit
-def grids(H, W, shift_h, shift_w, WH: tl.constexpr, WW: tl.constexpr):
+def grid_of(geometry, WH: tl.constexpr, WW: tl.constexpr):
     """Windows down and across the map, and how many of these are inner ones."""
+    B, H, W, C, shift_h, shift_w = geometry
     return tl.cdiv(H, WH), tl.cdiv(W, WW), (H - shift_h) // WH, (W - shift_w) // WW
 
 
 @triton.jit
-def count_windows(grid_h, grid_w, inner_h, inner_w, EDGE: tl.constexpr):
+def count_windows(grid, EDGE: tl.constexpr):
     """Count the edge windows, or the inner ones, of one image."""
+    grid_h, grid_w, inner_h, inner_w = grid
     inner = inner_h * inner_w
     return grid_h * grid_w - inner if EDGE else inner
 
 
 @triton.jit
-def locate_window(index, grid_h, grid_w, inner_h, inner_w, EDGE: tl.constexpr):
+def locate_window(index, grid, EDGE: tl.constexpr):
     """Position (b, wy, wx) of the edge or inner window of this number."""
+    grid_h, grid_w, inner_h, inner_w = grid
     # There may be none of the kind: the loop over them is empty then, and zero must not divide before it.
     if EDGE:
         per_row = tl.maximum(grid_w - inner_w, 1)
@@ -115,8 +89,9 @@ def locate_window(index, grid_h, grid_w, inner_h, inner_w, EDGE: tl.constexpr):
 
 
 @triton.jit
-def next_window(b, wy, wx, grid_h, grid_w, inner_h, inner_w, EDGE: tl.constexpr):
+def next_window(b, wy, wx, grid, EDGE: tl.constexpr):
     """Position of the edge or inner window after (b, wy, wx)."""
+    grid_h, grid_w, inner_h, inner_w = grid
     wx += 1
     if EDGE:
         row_ends = wx == grid_w
@@ -134,50 +109,49 @@ def next_window(b, wy, wx, grid_h, grid_w, inner_h, inner_w, EDGE: tl.constexpr)
 
 
 @triton.jit
-def inner_start(b, wy, wx, H, W, shift_h, shift_w, WH: tl.constexpr, WW: tl.constexpr):
-    """Number of the first token of an inner window among all tokens; 64 bits, as it will be multiplied by a stride."""
-    return ((b * H + wy * WH + shift_h) * W + wx * WW + shift_w).to(tl.int64)
+def first_token(b, wy, wx, geometry, WH: tl.constexpr, WW: tl.constexpr):
+    """Number, among all tokens, of a window's first one; 64 bits, for it will be multiplied by a stride."""
+    B, H, W, C, shift_h, shift_w = geometry
+    return (b * H + wy * WH + shift_h).to(tl.int64) * W + wx * WW + shift_w
 
 
 @triton.jit
-def inner_place(i, W, WW: tl.constexpr):
-    """How far token ``i`` of an inner window lies behind the first one, in tokens."""
-    return i // WW * W + i % WW
-
-
-@triton.jit
-def edge_place(
+def place_tokens(
     i,
     wy,
     wx,
-    H,
-    W,
-    shift_h,
-    shift_w,
+    geometry,
     WH: tl.constexpr,
     WW: tl.constexpr,
     CYCLIC_H: tl.constexpr,
     CYCLIC_W: tl.constexpr,
     MASK_PADS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
-    """Where token ``i`` of an edge window lies behind its image's first token, whether it is on the map, its region.
+    """How far token ``i`` of a window lies behind the first one, in tokens; whether it is on the map; its region.
 
     Tokens see each other if they are of one region; a region ends at a seam of the roll, unless the axis is cyclic,
-    and masked pads are a region apart.
+    and masked pads are a region apart. An inner window is one region, and its tokens lie alike wherever it is. RAGGED
+    says that the windows do not divide the map, so that an edge window may hold pads.
     """
-    padded_h, padded_w = tl.cdiv(H, WH) * WH, tl.cdiv(W, WW) * WW
-    y, x = wy * WH + i // WW + shift_h, wx * WW + i % WW + shift_w
-    past_h, past_w = y >= padded_h, x >= padded_w
-    y, x = tl.where(past_h, y - padded_h, y), tl.where(past_w, x - padded_w, x)
-    real = (y < H) & (x < W) & (i < WH * WW)
-    region = tl.zeros_like(i)
-    if not CYCLIC_H:
-        region += tl.where(past_h, 1, 0)
-    if not CYCLIC_W:
-        region += tl.where(past_w, 2, 0)
-    if MASK_PADS:
-        region = tl.where(real, region, 4)
-    return (y * W + x).to(tl.int64), real, region
+    B, H, W, C, shift_h, shift_w = geometry
+    iy, ix = i // WW, i % WW
+    place, real, region = iy * W + ix, i < WH * WW, tl.zeros_like(i)
+    if EDGE:
+        padded_h, padded_w = tl.cdiv(H, WH) * WH, tl.cdiv(W, WW) * WW
+        past_h, past_w = iy >= padded_h - shift_h - wy * WH, ix >= padded_w - shift_w - wx * WW
+        # In 64 bits: a map may be so large that a distance of its height, in elements, needs them.
+        place = place.to(tl.int64) - tl.where(past_h, padded_h * W, 0) - tl.where(past_w, padded_w, 0)
+        if not CYCLIC_H:
+            region += tl.where(past_h, 1, 0)
+        if not CYCLIC_W:
+            region += tl.where(past_w, 2, 0)
+        if RAGGED:
+            real &= (past_h | (iy < H - shift_h - wy * WH)) & (past_w | (ix < W - shift_w - wx * WW))
+            if MASK_PADS:
+                region = tl.where(real, region, 4)
+    return place, real, region
 
 
 @triton.jit

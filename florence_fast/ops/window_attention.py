@@ -35,7 +35,7 @@ PAD_MODES = ("mask", "bias")
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
-MAX_TRITON_TOKENS = 64
+MAX_TRITON_TOKENS = 144
 MIN_TRITON_SCALE = 2.0**-10
 
 
@@ -266,6 +266,8 @@ def _triton_reasons(
     if head_dim not in TRITON_HEAD_DIMS:
         reasons.append(f"the head dim must be one of {TRITON_HEAD_DIMS}, got {head_dim}")
     dtype = _backend.autocast_dtype(qkv)
+    if tokens > 64 and head_dim == 128 and dtype == torch.float32:
+        reasons.append("keys and values of a head dim of 128 in float32 do not fit beside each other over 64 tokens")
     if dtype not in TRITON_DTYPES:
         reasons.append(f"qkv must be float16, bfloat16 or float32, got {dtype}")
     if dtype == torch.bfloat16 and _backend.interpreting():

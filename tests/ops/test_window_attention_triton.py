@@ -65,6 +65,11 @@ CASES = {
     "map-smaller-whole-bias": Case((3, 2), (7, 7), (3, 3), term="bias"),
     "one-token": Case((1, 1), (7, 7), (3, 3), batch=1),
     "head-dim-32-one-head": Case((7, 14), (7, 7), heads=1, head_dim=32),
+    "window-12-exact": Case((12, 12), (12, 12), batch=1),
+    "window-12-shifted-head-dim-32": Case((24, 12), (12, 12), (6, 6), heads=1, head_dim=32, batch=1),
+    "window-12-ragged-filled": Case((20, 17), (12, 12), (5, 6), heads=1, batch=1, pad_mode="bias"),
+    "window-12-shortened-to-108-tokens": Case((9, 13), (12, 12), (6, 6), heads=1, batch=1, term="bias"),
+    "over-128-tokens-with-pad-rows": Case((13, 24), (13, 11), (2, 3), heads=1, batch=1),
     "head-dim-64-own-scale": Case((8, 16), (8, 8), (4, 4), head_dim=64, scale=0.3, batch=1),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -140,7 +145,7 @@ def test_as_exact_as_plain_pytorch(case: Case, dtype: torch.dtype, device: str, 
     check(case, dtype, device)
 
 
-@pytest.mark.parametrize("name", ["window-7-shifted", "window-7-ragged-filled"])
+@pytest.mark.parametrize("name", ["window-7-shifted", "window-7-ragged-filled", "window-12-ragged-filled"])
 def test_the_form_that_is_safe_on_hopper(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_window_attention_triton, "needs_safe_dots", lambda *_: True)
     check(CASES[name], torch.float32, device)
@@ -185,8 +190,9 @@ def test_every_subset_of_gradients(name: str, device: str) -> None:
                 assert torch.equal(grad, everything[f"d{n}"]), f"d{n} when only {subset} are asked for"
 
 
-def test_gradients_are_bit_equal_over_runs(device: str) -> None:
-    tensors, values = CASES["window-7-ragged-filled"].make(torch.float16, device)
+@pytest.mark.parametrize("name", ["window-7-ragged-filled", "window-12-shifted-head-dim-32"])
+def test_gradients_are_bit_equal_over_runs(name: str, device: str) -> None:
+    tensors, values = CASES[name].make(torch.float16, device)
     grad_out = torch.randn_like(tensors["qkv"][..., : tensors["qkv"].shape[-1] // 3])
     first, *others = (run(kernels, tensors, values, grad_out) for _ in range(3))
     for other in others:
@@ -223,19 +229,23 @@ def test_nan_stays_in_its_window_and_is_not_lost(part: int, device: str) -> None
         assert torch.equal(x.isnan(), exact[name].isnan()), name
 
 
-def test_inference_keeps_nothing_and_equals_training(device: str) -> None:
-    tensors, values = CASES["window-7-shifted"].make(torch.float32, device)
+@pytest.mark.parametrize(("name", "kept"), [("window-7-shifted", 0), ("window-12-exact", 2 * 144)])
+def test_what_is_kept_and_inference_equals_training(name: str, kept: int, device: str) -> None:
+    tensors, values = CASES[name].make(torch.float16, device)
     trained = kernels(**tensors, **values)
     with torch.no_grad():
         assert torch.equal(kernels(**tensors, **values), trained)
-    assert not [x for x in trained.grad_fn.saved_tensors[len(tensors) :] if x is not None and x.numel()]
+    saved = [x for x in trained.grad_fn.saved_tensors if x is not None]
+    assert sum(x.numel() for x in saved if all(x is not y for y in tensors.values())) == kept
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_opcheck(train: bool, device: str) -> None:
-    tensors, values = CASES["window-7-ragged-filled"].make(torch.float32, device)
+@pytest.mark.parametrize("name", ["pads-in-two-windows-of-an-axis", "window-12-ragged-filled"])
+def test_opcheck(name: str, train: bool, device: str) -> None:
+    case = CASES[name]
+    tensors, _ = case.make(torch.float16, device)
     tensors = {name: x.requires_grad_(train) for name, x in tensors.items()}
-    values = ([7, 7], 2, [3, 3], 0.25, "bias", [False, False], train, "triton")
+    values = (list(case.window), case.heads, list(case.shift), 0.25, "bias", [False, False], train, "triton")
     arguments = (tensors["qkv"], tensors["rel_pos_bias_table"], None, None, tensors["qkv_bias"], *values)
     torch.library.opcheck(torch.ops.florence_fast.window_attention.default, arguments)
 
