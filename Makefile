@@ -2,6 +2,7 @@
 #   make demo        pretrain florence_nano on the shipped pictures, test it on an artist it has never seen
 #   make demo-long   the same for up to an hour; either, interrupted, continues where it stopped
 #   make test        the quick tests          make test-all   the slow ones too
+#   make gpu         everything that waits for a GPU; installs nothing: PYTHON must have PyTorch and Triton
 #   make lint        ruff, rules and format   make clean      forget the environment and every cache
 # PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX adds a package index to look for PyTorch in: its
 # wheels for CPUs, https://download.pytorch.org/whl/cpu, save gigabytes of CUDA on a machine without a GPU.
@@ -12,7 +13,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-long test test-all lint clean
+.PHONY: demo demo-long test test-all lint gpu clean
 
 demo: .venv/ready
 	$(BIN)/florence-fast demo --resume --out runs/demo
@@ -25,6 +26,9 @@ test: .venv/ready
 
 test-all: .venv/ready
 	$(BIN)/python -m pytest --quiet -m "not gpu"
+
+gpu:
+	$(PYTHON) -m bench.gpu
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from florence_fast import __version__
 from florence_fast.cli import main
 from florence_fast.data.loader import BadDataError
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "search", "info")
+COMMANDS = ("demo", "train", "evaluate", "predict", "search", "info", "verify")
 TINY = ["--pretrained", "none", "--device", "cpu"]
 
 
@@ -116,7 +116,9 @@ def test_demo_passes_its_flags_on_and_keeps_an_earlier_run(capsys, monkeypatch, 
     asked = []
     monkeypatch.setattr(florence_fast.demo, "run", lambda out, **flags: asked.append((out, flags)) or {})
     assert main(["demo", "--out", str(tmp_path), "--long", "--steps", "3", "--seed", "7", "--loss", "clip"]) == 0
-    assert asked == [(tmp_path, {"long": True, "steps": 3, "seed": 7, "loss": "clip", "resume": False})]
+    assert asked == [
+        (tmp_path, {"long": True, "steps": 3, "seed": 7, "loss": "clip", "resume": False, "device": "cpu"})
+    ]
     (tmp_path / "training/checkpoints").mkdir(parents=True)
     (tmp_path / "training/checkpoints/step_5.pt").write_bytes(b"")
     assert "holds a run already: --resume goes on" in refused(capsys, "demo", "--out", tmp_path)

@@ -21,8 +21,9 @@ ALLOWED = {
     "train": {"ops", "models", "heads", "data"},
     "evaluate": {"ops", "models", "heads", "data"},
     "info": {"ops"},
+    "verify": {"ops"},
     "demo": {"ops", "models", "data", "train", "evaluate"},
-    "cli": {"ops", "models", "heads", "data", "train", "evaluate", "compat", "info", "demo"},
+    "cli": {"ops", "models", "heads", "data", "train", "evaluate", "compat", "info", "verify", "demo"},
     "__main__": {"cli"},
 }
 KERNELS_MAY_IMPORT = {"torch", "triton"}

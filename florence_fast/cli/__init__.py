@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from florence_fast.cli import demo, evaluate, info, predict, search, train
+from florence_fast.cli import demo, evaluate, info, predict, search, train, verify
 from florence_fast.cli.usage import WrongUsage
 from florence_fast.version import __version__
 
@@ -24,6 +24,7 @@ app.add_typer(evaluate.commands, name="evaluate")
 app.command("predict")(predict.command)
 app.command("search")(search.command)
 app.command("info")(info.command)
+app.command("verify")(verify.command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -5,7 +5,13 @@ from typing import Annotated
 
 import typer
 
-from florence_fast.cli.usage import exit_if_interrupted, one_of, refuse_earlier_run
+from florence_fast.cli.usage import (
+    exit_if_interrupted,
+    one_of,
+    pick_device,
+    refusals_as_wrong_usage,
+    refuse_earlier_run,
+)
 
 
 def command(
@@ -21,14 +27,17 @@ def command(
     ] = "unicl",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the data order, augmentation and weights.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")] = "cpu",
 ) -> None:
     """Train on pictures by six artists, then read a seventh.
 
     florence_nano learns the names of 8,666 pictures and is then asked about those of an artist that it has never
     seen. The folder gets results.json, curves, a report with pictures, and the weights.
     """
+    with refusals_as_wrong_usage():
+        device = pick_device(device)
     if not resume:
         refuse_earlier_run(out / "training")
     from florence_fast.demo import run
 
-    exit_if_interrupted(run(out, long=long, steps=steps, loss=loss, resume=resume, seed=seed))
+    exit_if_interrupted(run(out, long=long, steps=steps, loss=loss, resume=resume, seed=seed, device=device))

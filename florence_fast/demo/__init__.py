@@ -34,7 +34,14 @@ BASELINE = Path(__file__).parents[2] / "bench" / "results" / "demo_clip_baseline
 
 
 def run(
-    out: Path, *, long: bool = False, steps: int | None = None, loss: str = "unicl", resume: bool = False, seed: int = 0
+    out: Path,
+    *,
+    long: bool = False,
+    steps: int | None = None,
+    loss: str = "unicl",
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Train, evaluate on the unseen artist, and write the report.
 
@@ -46,6 +53,7 @@ def run(
         loss: "unicl", or "clip" for the comparison in which only a picture's own text is right.
         resume: go on with the run in ``out``; without it an earlier run there is an error.
         seed: of the weights, the data order and the augmentation.
+        device: where the network is trained and asked.
 
     Returns:
         What ``results.json`` holds.
@@ -60,7 +68,7 @@ def run(
     if steps is not None:
         config = rehearsal(config, steps)
     torch.manual_seed(seed)
-    model, tokenizer = create_model(MODEL), get_tokenizer(MODEL)
+    model, tokenizer = create_model(MODEL, device=device), get_tokenizer(MODEL)
     names, test = artists_names(), artists_test()
 
     def measure(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:

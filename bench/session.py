@@ -1,0 +1,83 @@
+"""What kind of run this is, where it runs, and what an op's file must hold; shared by the harness and the stages."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from bench.machine import Clock
+from bench.store import Store
+from florence_fast.verify.cases import Function, Inputs
+
+
+class Missing(Exception):
+    """A competitor cannot take part here; the message says why."""
+
+
+class OutOfTime(Exception):
+    """The run's time is over; what is stored stands."""
+
+
+class DeviceLost(Exception):
+    """An error has left the device unusable for the rest of this process."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What kind of run this is."""
+
+    rehearse: bool = False
+    full: bool = False
+    """Take the competitors that need minutes to compile, too."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A competitor that is ready to be called with the tensors."""
+
+    function: Function
+    forward_only: str | None = None
+    """Why there is no backward; None if there is one."""
+
+
+class OpBench(Protocol):
+    """What a file in ``bench/ops`` holds."""
+
+    OP: str
+    SHAPES: dict[str, Any]
+    REHEARSAL: dict[str, Any]
+    COMPETITORS: dict[str, Callable[[Inputs, Plan], Built]]
+    """Name -> what builds it, or raises ``Missing``. "eager" is the plain computation that the gate compares with."""
+    SLOW_TO_BUILD: tuple[str, ...]
+    """The competitors that wait until all others have been measured at all shapes."""
+    setup: Callable[[Any, torch.dtype, str, int], Inputs]
+    bytes_moved: Callable[[Any, torch.dtype, str], int]
+    flops: Callable[[Any, str], int]
+    units: Callable[[Any], int]
+    budget_cases: Callable[[Any, str, str], list[str]]
+
+
+@dataclass
+class Session:
+    """One run of the benchmarks on one device."""
+
+    device: torch.device
+    facts: dict[str, Any]
+    store: Store
+    logs: Path
+    """Where the output of child processes goes."""
+    clock: Clock
+    plan: Plan = field(default_factory=Plan)
+    seconds: float = 0.3
+    """How long each row is timed, warm-up not counted."""
+    copy_rate: float = math.nan
+    matrix_rate: float = math.nan
+    show: Callable[[str], None] = print
+
+    def check_time(self) -> None:
+        """Stop between two rows when the time is over."""
+        if self.clock.left() <= 0:
+            raise OutOfTime

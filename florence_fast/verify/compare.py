@@ -1,0 +1,95 @@
+"""Whether values and gradients are right: their distance from float64, beside that of a plain computation.
+
+A result passes when it is at most twice as far from the float64 reference as the plain computation in the same dtype,
+a gradient three times: what a precision cannot do is asked of nobody, what it can do is.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One result against float64: relative errors in the Euclidean norm, and the most that is allowed."""
+
+    name: str
+    error: float
+    plain_error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the limit; NaN never is."""
+        return self.error <= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and the verdict, for JSON."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def results(
+    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], grad_out: Tensor, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Run forward and backward.
+
+    Args:
+        function: takes ``tensors`` by name.
+        tensors: floating, each gets a gradient.
+        grad_out: the gradient of the result.
+        dtype: cast ``tensors`` first, e.g. to float64 for the reference.
+
+    Returns:
+        ``out``, and ``dNAME`` for each of ``tensors``.
+    """
+    leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
+    out = function(**leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out.to(out.dtype))
+    return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def judge(found: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> list[Judgement]:
+    """Compare what was ``found`` with the ``exact`` float64 results, and so with the ``plain`` ones, name by name."""
+    judgements = []
+    for name, wanted in exact.items():
+        factor = FORWARD_FACTOR if name == "out" else GRADIENT_FACTOR
+        error, plain_error = (relative_error(x[name], wanted) for x in (found, plain))
+        # The plain result of a lucky draw may be nearer than rounding: one rounding of the result is always allowed.
+        limit = factor * max(plain_error, rounding(plain[name]))
+        judgements.append(Judgement(name, error, plain_error, limit))
+    return judgements
+
+
+def joined(draws: Iterable[list[Judgement]]) -> list[Judgement]:
+    """Join the judgements of several seeds into one of each result, by root mean square."""
+    columns = zip(*draws, strict=True)
+    return [
+        Judgement(column[0].name, *(_rms([getattr(j, field) for j in column]) for field in _FIELDS))
+        for column in columns
+    ]
+
+
+_FIELDS = ("error", "plain_error", "limit")
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """Return ||x - exact|| / ||exact||; infinite where the shapes differ."""
+    if x.shape != exact.shape:
+        return math.inf
+    norm = exact.norm()
+    return ((x.to(exact.dtype) - exact).norm() / norm.clamp_min(torch.finfo(exact.dtype).tiny)).item()
+
+
+def rounding(x: Tensor) -> float:
+    """Return the relative error of rounding to the dtype of ``x``: at most for one number, about for many."""
+    return torch.finfo(x.dtype).eps / (4 if x.numel() > 1 else 1)
+
+
+def _rms(values: list[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / len(values))

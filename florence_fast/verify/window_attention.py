@@ -1,0 +1,111 @@
+"""Window attention as models without this package compute it, and the sizes that verification takes.
+
+Letters: B batch · H W map height and width · C channels · M windows of one map · N tokens in one window · h heads ·
+d head dim.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from florence_fast.ops._windows import Cut, blocked_pairs, crop, cut_map, merge, offset_index, partition
+from florence_fast.verify.cases import Case, Function, Inputs, Subject, generator
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call of a Swin block's attention."""
+
+    batch: int
+    height: int
+    width: int
+    heads: int
+    window: int = 7
+    shift: int = 3
+    head_dim: int = 32
+
+    @property
+    def cut(self) -> Cut:
+        return cut_map((self.height, self.width), (self.window,) * 2, (self.shift,) * 2)
+
+
+def setup(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    """Draw qkv, the bias table (float32, as models keep it) and the gradient; prepare what a model keeps."""
+    draw = generator(device, seed)
+    size, channels, cut = (shape.batch, shape.height, shape.width), shape.heads * shape.head_dim, shape.cut
+    wide = torch.promote_types(dtype, torch.float32)
+    qkv = torch.randn(*size, 3 * channels, generator=draw, device=device, dtype=wide).to(dtype)
+    table = torch.randn((2 * shape.window - 1) ** 2, shape.heads, generator=draw, device=device, dtype=wide)
+    grad_out = torch.randn(*size, channels, generator=draw, device=device, dtype=wide).to(dtype)
+    blocked = blocked_pairs(cut, (False, False), True, qkv.device)
+    mask = None
+    if blocked is not None:
+        mask = torch.zeros(blocked.shape, dtype=dtype, device=device).masked_fill_(blocked, -torch.inf)
+    prepared = {
+        "cut": cut,
+        "num_heads": shape.heads,
+        "index": offset_index(cut.window, (shape.window,) * 2, qkv.device),
+        "mask": mask,
+    }
+    options = {"window_size": shape.window, "num_heads": shape.heads, "shift_size": shape.shift}
+    return Inputs({"qkv": qkv, "rel_pos_bias_table": table}, options, grad_out, prepared)
+
+
+def eager(
+    qkv: Tensor, rel_pos_bias_table: Tensor, *, cut: Cut, num_heads: int, index: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Do what Swin's code does: pad, roll, partition, two products with a softmax between, reverse, roll back."""
+    q, k, v = partition(qkv, cut, 3, num_heads, qkv.dtype)  # (B*M, h, N, d)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    scores = scores + gathered_bias(rel_pos_bias_table, index, cut).to(scores.dtype)
+    if mask is not None:
+        scores = (scores.unflatten(0, (-1, cut.num_windows)) + mask[:, None]).flatten(0, 1)
+    return crop(merge((scores.softmax(-1) @ v)[None], cut, qkv.dtype), cut)
+
+
+def sdpa(
+    qkv: Tensor, rel_pos_bias_table: Tensor, *, cut: Cut, num_heads: int, index: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Fold bias and mask into one additive mask (M*h, N, N), which every picture of the batch shares."""
+    q, k, v = (
+        x.unflatten(0, (-1, cut.num_windows)).flatten(1, 2) for x in partition(qkv, cut, 3, num_heads, qkv.dtype)
+    )  # (B, M*h, N, d)
+    added = gathered_bias(rel_pos_bias_table, index, cut).to(qkv.dtype)
+    added = added.expand(cut.num_windows, -1, -1, -1) if mask is None else added + mask[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added.flatten(0, 1).expand(len(q), -1, -1, -1))
+    out = out.unflatten(1, (cut.num_windows, num_heads)).flatten(0, 1)
+    return crop(merge(out[None], cut, qkv.dtype), cut)
+
+
+def gathered_bias(table: Tensor, index: Tensor, cut: Cut) -> Tensor:
+    """Read the bias (h, N, N) of all pairs out of the table."""
+    return table.index_select(0, index).view(cut.num_tokens, cut.num_tokens, -1).permute(2, 0, 1)
+
+
+def rival(function: Function) -> Callable[[Inputs], Function]:
+    """Return ``build(inputs)`` for a function that takes what ``setup`` prepared."""
+    return lambda inputs: functools.partial(function, **inputs.prepared)
+
+
+def case(name: str, shape: Shape) -> Case:
+    """Name a shape."""
+    return Case(name, functools.partial(setup, shape))
+
+
+SUBJECT = Subject(
+    op="window_attention",
+    checked=(
+        case("7x7 shifted", Shape(batch=2, height=28, width=28, heads=3)),
+        case("7x7 ragged", Shape(batch=2, height=25, width=30, heads=2)),
+        case("12x12 shifted", Shape(batch=1, height=24, width=24, heads=2, window=12, shift=6)),
+    ),
+    timed={
+        "cpu": case("Swin-T stage 1, 8 pictures", Shape(batch=8, height=56, width=56, heads=3)),
+        "cuda": case("Swin-T stage 1, 128 pictures", Shape(batch=128, height=56, width=56, heads=3)),
+    },
+    rivals={"eager": rival(eager), "sdpa": rival(sdpa)},
+)
