@@ -143,7 +143,6 @@ def _window_gradients(q, k, v, dout, p, total, PRECISION: tl.constexpr, SAFE_DOT
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - tl.sum(p * dp, 1)[:, None])
     p_low, ds_low = p.to(v.dtype), ds.to(v.dtype)
-    dq = tl.dot(ds_low, k, input_precision=PRECISION)
     if SAFE_DOTS:
         # Some Triton versions give wrong values on Hopper for a product whose left side is a transposed product.
         dv = tl.trans(tl.dot(tl.trans(dout), p_low, input_precision=PRECISION))
@@ -151,6 +150,8 @@ def _window_gradients(q, k, v, dout, p, total, PRECISION: tl.constexpr, SAFE_DOT
     else:
         dv = tl.dot(tl.trans(p_low), dout, input_precision=PRECISION)
         dk = tl.dot(tl.trans(ds_low), q, input_precision=PRECISION)
+    # In this order the compiler needs the fewest registers.
+    dq = tl.dot(ds_low, k, input_precision=PRECISION)
     return ds, dq, dk, dv
 
 

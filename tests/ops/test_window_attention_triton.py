@@ -177,6 +177,17 @@ def test_any_shape(size: tuple[int, int], window: tuple[int, int], data: st.Data
     check(Case(size, window, shift, heads, 16, batch, pad_mode, cyclic, term), torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("window", [(7, 7), (13, 11)], ids=str)
+def test_rows_beyond_the_window_stay_silent(window: tuple[int, int], device: str) -> None:
+    """Blocks of rows hold more rows than a window has; what pads hold must not reach those."""
+    case = Case((2 * window[0], window[1] + 2), window, heads=1, batch=1, pad_mode="bias")
+    tensors, values = case.make(torch.float16, device)
+    with torch.no_grad():
+        tensors["qkv_bias"].mul_(30)
+    grad_out = torch.randn_like(tensors["qkv"][..., : tensors["qkv"].shape[-1] // 3])
+    assert all(x.isfinite().all() for x in run(kernels, tensors, values, grad_out).values())
+
+
 @pytest.mark.parametrize("name", ["window-7-ragged-filled", "window-7-ragged-masked"])
 def test_every_subset_of_gradients(name: str, device: str) -> None:
     tensors, values = replace(CASES[name], batch=1, heads=1).make(torch.float32, device)
