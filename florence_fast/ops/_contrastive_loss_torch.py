@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+DEFAULT_CHUNK_SIZE = 1024
+
 
 def contrastive_loss_fwd(
     rows: Tensor, cols: Tensor, scale: Tensor, row_labels: Tensor, col_labels: Tensor, chunk_size: int
@@ -74,6 +76,7 @@ def _accumulation_dtype(*tensors: Tensor) -> list[Tensor]:
 
 
 def _tiles(num_rows: int, num_cols: int, size: int) -> Iterator[tuple[slice, slice]]:
+    size = size or DEFAULT_CHUNK_SIZE
     for row in range(0, num_rows, size):
         for col in range(0, num_cols, size):
             yield slice(row, row + size), slice(col, col + size)

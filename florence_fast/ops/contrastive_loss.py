@@ -5,6 +5,7 @@ Florence is pretrained with it (arXiv 2111.11432, section 2.2).
 Letters: B pairs · R rows (images here) · N columns (texts of all) · D embedding dim · S = logit_scale * rows cols^T.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from florence_fast.ops import _backend, _contrastive_loss_torch
 REDUCTIONS = {"mean_directions": 0.5, "sum_directions": 1.0}
 """What each direction's loss is multiplied with before the two are added."""
 
-DEFAULT_CHUNK_SIZE = 1024
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def contrastive_loss(
@@ -42,8 +43,8 @@ def contrastive_loss(
         labels: (B,) int64, hashes of the texts: equal ones are positives of each other. None: only a pair's own
             text is right (CLIP).
         reduction: "mean_directions" or "sum_directions".
-        chunk_size: edge of the tiles in which the logits are computed, 1024 by default; memory is
-            O(B D + chunk_size^2).
+        chunk_size: edge of the tiles whose gradient is in memory at a time, which takes O(B D + chunk_size^2); by
+            default 1024 in the ``torch`` backend, and in that of the kernels what suits the GPU, up to 8192.
 
     Returns:
         The loss, a scalar: float32, or float64 for float64 features. Autocast changes nothing.
@@ -102,9 +103,7 @@ def contrastive_statistics(
     backend = _backend.choose("contrastive_loss", rows, cols, scale, row_labels)
     if backend == "reference":
         return contrastive_statistics_reference(rows, cols, scale, row_labels, col_labels)
-    statistics, _ = _contrastive_loss(
-        rows, cols, scale, row_labels, col_labels, chunk_size or DEFAULT_CHUNK_SIZE, backend
-    )
+    statistics, _ = _contrastive_loss(rows, cols, scale, row_labels, col_labels, chunk_size or 0, backend)
     return statistics.split([len(rows), len(cols), len(rows)])
 
 
@@ -200,7 +199,12 @@ def _logits(rows: Tensor, cols: Tensor, scale: Tensor | float) -> Tensor:
 def unsupported_reasons(backend: str, image_features: Tensor, *args: Any, **options: Any) -> list[str]:
     """Say why ``backend`` cannot run ``contrastive_loss`` on these arguments; an empty list means that it can."""
     if backend == "triton":
-        return ["no Triton kernel for contrastive_loss in this version"]
+        reasons = _backend.triton_reasons(image_features)
+        if image_features.dtype not in TRITON_DTYPES:
+            reasons.append(f"features must be float16, bfloat16 or float32, got {image_features.dtype}")
+        if image_features.dtype == torch.bfloat16 and _backend.interpreting():
+            reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
+        return reasons
     if backend == "cpp":
         return ["no native kernel for contrastive_loss in this version"]
     return []
@@ -218,7 +222,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     tensors = (rows, cols, scale, row_labels, col_labels)
-    statistics = _IMPLEMENTATIONS[backend].contrastive_loss_fwd(*tensors, chunk_size)
+    statistics = _implementation(backend).contrastive_loss_fwd(*tensors, chunk_size)
     return torch.cat(statistics), torch.cat(statistics[:2])
 
 
@@ -241,7 +245,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     sizes = [len(rows), len(cols)]
-    grads = _IMPLEMENTATIONS[backend].contrastive_loss_bwd(
+    grads = _implementation(backend).contrastive_loss_bwd(
         *grad_out.split([*sizes, len(rows)]),
         *(rows, cols, scale, row_labels, col_labels),
         *lse.split(sizes),
@@ -264,7 +268,15 @@ def _example(device: str) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[s
     return (*features, torch.tensor(10.0, device=device), labels), {}
 
 
-_IMPLEMENTATIONS = {"torch": _contrastive_loss_torch}
+def _implementation(backend: str) -> ModuleType:
+    """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
+    if backend == "triton":
+        from florence_fast.ops import _contrastive_loss_triton
+
+        return _contrastive_loss_triton
+    return _contrastive_loss_torch
+
+
 _contrastive_loss = _backend.define("contrastive_loss", 5, _forward, _forward_fake, _backward, _backward_fake)
 _backend.register_entry(
     _backend.OpEntry("contrastive_loss", contrastive_loss, contrastive_loss_reference, unsupported_reasons, _example)
