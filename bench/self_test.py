@@ -55,3 +55,18 @@ def run(device: str, dtypes: tuple[torch.dtype, ...], widths: tuple[int, ...] = 
                 row = {"dtype": str(dtype).removeprefix("torch."), "width": width, "num_warps": num_warps}
                 rows.append({**row, "error": error, "plain_error": plain, "right": error <= limit})
     return rows
+
+
+def run_backwards(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], windows: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """Ask the test by which window attention chooses its backward, for shifted windows and a head dim of 32."""
+    from florence_fast.ops._window_attention_triton import fast_dots_are_right
+
+    rows = []
+    for dtype in dtypes:
+        for window in windows:
+            right = fast_dots_are_right(device, dtype, False, [window] * 2, [window // 2] * 2, 32)
+            verdict = "right" if right else "WRONG: the safe form is taken"
+            rows.append({"dtype": str(dtype).removeprefix("torch."), "window": window, "verdict": verdict})
+    return rows

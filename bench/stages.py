@@ -94,18 +94,22 @@ def self_test(session: Session) -> Details:
     from bench import self_test as kernel
 
     if session.device.type == "cuda":
-        rows = kernel.run("cuda", (torch.bfloat16, torch.float16, torch.float32))
+        dtypes, widths, windows = (torch.bfloat16, torch.float16, torch.float32), kernel.WIDTHS, (7, 8, 12)
     elif os.environ.get("TRITON_INTERPRET") == "1":
         # The interpreter multiplies bfloat16 as raw bits.
-        rows = kernel.run("cpu", (torch.float16, torch.float32), widths=(32,))
+        dtypes, widths, windows = (torch.float16, torch.float32), (32,), (7,)
     else:
         raise StageSkipped("without a GPU Triton needs TRITON_INTERPRET=1, set before it is imported")
+    rows = kernel.run(session.device.type, dtypes, widths)
     wrong = [row for row in rows if not row["right"]]
     session.show(f"  dot(trans(dot)) is right in {len(rows) - len(wrong)} of {len(rows)} forms")
     for row in wrong:
         session.show(f"  WRONG: {row}")
+    ours = kernel.run_backwards(session.device, dtypes, windows)
+    for row in ours:
+        session.show(f"  backward {row['window']}x{row['window']} {row['dtype']}: fast form {row['verdict']}")
     # A compiler with the fault is a finding about the device and not a failure of ours: the safe form is for it.
-    return {"unsafe_form_is_right": not wrong, "forms": rows}
+    return {"unsafe_form_is_right": not wrong, "forms": rows, "backwards": ours}
 
 
 def measure(op: OpBench) -> Callable[[Session], Details]:
