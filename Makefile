@@ -1,7 +1,9 @@
-# Every target sets itself up on a fresh machine: a virtual environment in .venv with exactly constraints.txt.
+# Every target sets itself up on a fresh machine: a virtual environment in .venv with exactly constraints.txt, and
+# beside it, for the budget alone, the Triton that torch 2.11 brings: its code is not the same.
 #   make demo        pretrain florence_nano on the shipped pictures, test it on an artist it has never seen
 #   make demo-long   the same for up to an hour; either, interrupted, continues where it stopped
 #   make test        the quick tests          make test-all   the slow ones too
+#   make budget      every kernel compiled for A100 and H100/H200, without either, and held to its limits
 #   make gpu         everything that waits for a GPU; installs nothing: PYTHON must have PyTorch and Triton
 #   make lint        ruff, rules and format   make clean      forget the environment and every cache
 # PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX adds a package index to look for PyTorch in: its
@@ -13,7 +15,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-long test test-all lint gpu clean
+.PHONY: demo demo-long test test-all lint budget gpu clean
 
 demo: .venv/ready
 	$(BIN)/florence-fast demo --resume --out runs/demo
@@ -26,6 +28,10 @@ test: .venv/ready
 
 test-all: .venv/ready
 	$(BIN)/python -m pytest --quiet -m "not gpu"
+
+budget: .venv/ready
+	$(BIN)/python -m bench.budget --full --check --require-both --json bench/results/budget.json --picture docs
+	$(BIN)/python -m bench.readme
 
 gpu:
 	$(PYTHON) -m bench.gpu
@@ -44,4 +50,5 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(INSTALL) setuptools
 	$(INSTALL) --no-build-isolation --editable '.[test,dev,tensorboard]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton-3.6.0 triton==3.6.0
 	@touch $@

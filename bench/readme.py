@@ -61,7 +61,48 @@ def demo_table() -> str:
     )
 
 
-TABLES = {"demo": demo_table}
+def budget_table() -> str:
+    """What the compiled kernels need of a multiprocessor, beside what memory takes."""
+    budget = load("budget.json")
+    rows: dict[str, list[str]] = {}
+    for row in budget["rows"]:
+        if (row["dtype"], row["head_dim"]) != ("bf16", 32):
+            continue
+        stack = max(kernel["stack"] for kernel in row["kernels"])
+        measured = row["measured_clocks"]
+        rows.setdefault(row["case"].replace(" d32 bf16", ""), []).append(
+            f"{row['instructions']:,.0f} | {row['memory_floor']:,.0f} | {UNITS[row['busiest']]} {row['ratio']:.0%} "
+            f"| {stack} | {'not yet' if measured is None else f'{measured:,.0f}'}"
+        )
+    machines = ("A100", "H200")
+    head = [f"{machine}: {name}" for machine in machines for name in COLUMNS]
+    absent = " | ".join("-" * len(COLUMNS))
+    return "\n".join(
+        [
+            f"bf16, head dim 32, one window and head, Triton {' and '.join(budget['triton'])} "
+            f"(the table shows the first). {budget['compiles']} kernels were compiled for it.",
+            "",
+            "| window | " + " | ".join(head) + " |",
+            "|---|" + "---:|" * len(head),
+            *(
+                f"| {case} | {' | '.join([absent] * (len(machines) - len(cells)) + cells)} |"
+                for case, cells in rows.items()
+            ),
+        ]
+    )
+
+
+COLUMNS = ("instructions a warp", "memory, clocks", "busiest unit of that", "stack, bytes", "measured, clocks")
+UNITS = {
+    "issue": "issue",
+    "fma": "float32",
+    "alu": "integer",
+    "mufu": "exp2",
+    "tensor": "tensor",
+    "lsu": "load/store",
+    "shared": "shared memory",
+}
+TABLES = {"demo": demo_table, "budget": budget_table}
 
 
 def fill(text: str) -> str:

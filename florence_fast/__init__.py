@@ -34,6 +34,8 @@ _HOMES = {
     "OPENAI_IMAGENET_TEMPLATES": "data",
     "SIMPLE_IMAGENET_TEMPLATES": "data",
     "build_zero_shot_classifier": "evaluate",
+    "accelerate": "compat",
+    "restore": "compat",
     "backend": "ops",
 }
 

@@ -13,7 +13,7 @@ from florence_fast import __version__
 from florence_fast.cli import main
 from florence_fast.data.loader import BadDataError
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "search", "info", "verify")
+COMMANDS = ("demo", "train", "evaluate", "predict", "search", "info", "verify", "budget")
 TINY = ["--pretrained", "none", "--device", "cpu"]
 
 

@@ -73,7 +73,9 @@ def units(shape: Shape) -> int:
 def budget_cases(shape: Shape, dtype: str, mode: str) -> list[str]:
     """Return the names in the static budget whose clocks add up to ``mode``."""
     directions = ["forward", "backward"] if mode == "both" else [mode]
-    return [f"{shape.window}x{shape.window} d{shape.head_dim} {dtype} {direction}" for direction in directions]
+    shifted = " shifted" if shape.shift else ""
+    side = f"{shape.window}x{shape.window}"
+    return [f"{side} d{shape.head_dim} {dtype} {direction}{shifted}" for direction in directions]
 
 
 def flex(inputs: Inputs, plan: Plan) -> Built:

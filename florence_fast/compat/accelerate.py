@@ -1,0 +1,171 @@
+"""Put our kernels into a model of another library, in place, and take them out again.
+
+Instances are changed, never classes: a layer's ``forward`` is laid over that of its class as an attribute of the one
+instance. Parameters, buffers and names stay as they are, so that files, optimisers and copies do not notice.
+``LIBRARIES`` lists what is known, one file per library.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from florence_fast.compat import hugging_face
+
+LIBRARIES = (hugging_face,)
+"""Modules with LOOKS_FOR, FORWARDS, ``kind(module)`` and ``replacement(module)``."""
+
+_SIGNS = {"relative_position_bias_table", "relative_position_index", "relative_coords_table"}
+"""Names of parameters and buffers by which window attention of unknown type is recognised, for the messages."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` did to a model."""
+
+    swapped: dict[str, list[str]] = field(default_factory=dict)
+    """Kind of layer -> names of the layers that run on our kernels from now on."""
+    already: dict[str, list[str]] = field(default_factory=dict)
+    """Kind of layer -> names of the layers that did so before."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Name of a layer that was left alone -> why."""
+
+    def __str__(self) -> str:
+        rows = [("swapped", kind, _names(names)) for kind, names in self.swapped.items()]
+        rows += [("already swapped", kind, _names(names)) for kind, names in self.already.items()]
+        counts = Counter(self.skipped.values())
+        for reason, count in counts.items():
+            names = [name for name, why in self.skipped.items() if why == reason]
+            rows.append(("skipped", f"{count} left alone: {reason}", _names(names)))
+        first = max((len(row[0]) for row in rows), default=0)
+        second = min(max((len(row[1]) for row in rows), default=0), 32)
+        return "\n".join(f"{what:<{first}}  {kind:<{second}}  {names}" for what, kind, names in rows)
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(names[:2]) + (f", ... {names[-1]}" if len(names) > 2 else "")
+    return f"{len(names)}: {shown}"
+
+
+def accelerate(model: nn.Module, verbose: bool = True) -> Report:
+    """Let the layers of ``model`` that we know compute on `florence_fast.ops`, in place.
+
+    Known is the window attention of Hugging Face's Swin (also in Donut and CLAP). Outputs and gradients are the same
+    to rounding. `restore` takes it back. Calls that the kernels cannot serve go through the layer's own forward:
+    ``output_attentions=True``, dropout of attention weights in training, q, k, v that LoRA has replaced since.
+
+    Args:
+        model: any module; a layer itself as well. Best before torch.compile, which would compile again.
+        verbose: print the report.
+
+    Returns:
+        What was swapped, what already was, what was skipped and why.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: nothing was swapped, now or before; the message says what was found instead.
+
+    Copies and pickles of the model are accelerated as well. Not for torch.nn.DataParallel, whose copies share the
+    forwards of the first device; DistributedDataParallel is as it was.
+
+    >>> model = transformers.SwinModel.from_pretrained("microsoft/swin-tiny-patch4-window7-224")
+    >>> ff.accelerate(model, verbose=False).swapped["transformers SwinLayer"][-1]
+    'encoder.layers.3.blocks.1'
+    """
+    _check(model)
+    swapped: dict[str, list[str]] = {}
+    already: dict[str, list[str]] = {}
+    skipped: dict[str, str] = {}
+    for name, module, library, kind in _known_layers(model):
+        if _is_swapped(module):
+            already.setdefault(kind, []).append(name)
+            continue
+        forward = library.replacement(module)
+        if "forward" in module.__dict__:
+            forward = "its forward is already replaced by something else"
+        if isinstance(forward, str):
+            skipped[name] = forward
+        else:
+            module.forward = partial(forward, module)
+            swapped.setdefault(kind, []).append(name)
+    skipped |= _unknown_attention(model)
+    report = Report(swapped, already, skipped)
+    if not swapped and not already:
+        raise ValueError(_nothing_swapped(model, report))
+    if verbose:
+        print(report)
+    return report
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Give every layer that `accelerate` changed its own forward again.
+
+    Args:
+        model: the model, or a copy of it.
+
+    Returns:
+        The names of the layers that were given back.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: none of its layers is accelerated.
+
+    >>> ff.restore(model)[0]
+    'encoder.layers.0.blocks.0'
+    """
+    _check(model)
+    changed = [(name, module) for name, module in model.named_modules() if _is_swapped(module)]
+    if not changed:
+        raise ValueError(f"nothing to restore: no layer of this {type(model).__name__} is accelerated")
+    for _, module in changed:
+        del module.forward
+    return [name for name, _ in changed]
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _known_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any, str]]:
+    """Walk over the layers that a library's file knows: name, module, that file, kind."""
+    for name, module in model.named_modules():
+        for library in LIBRARIES:
+            kind = library.kind(module)
+            if kind is not None:
+                yield name, module, library, kind
+
+
+def _is_swapped(module: nn.Module) -> bool:
+    forward: Callable[..., Any] | None = module.__dict__.get("forward")
+    return isinstance(forward, partial) and any(forward.func in library.FORWARDS for library in LIBRARIES)
+
+
+def _unknown_attention(model: nn.Module) -> dict[str, str]:
+    """Name the modules that look like window attention and are inside no layer that is known."""
+    known = tuple(f"{name}." if name else "" for name, *_ in _known_layers(model))
+    found = {}
+    for name, module in model.named_modules():
+        owned = {*module._parameters, *module._buffers}
+        looks_so = bool(owned & _SIGNS) or "windowattention" in type(module).__name__.lower()
+        if looks_so and not name.startswith(known):
+            ours = type(module).__module__.startswith("florence_fast.")
+            found[name] = "it runs on florence_fast.ops as it is" if ours else f"unknown type {_type(module)}"
+    return found
+
+
+def _type(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _nothing_swapped(model: nn.Module, report: Report) -> str:
+    looked = "; ".join(library.LOOKS_FOR for library in LIBRARIES)
+    counts = Counter(report.skipped.values())
+    found = "; ".join(f"{count} x {reason}" for reason, count in counts.items())
+    what = f"what looks like window attention: {found}" if found else "nothing that looks like window attention"
+    return f"nothing in this {type(model).__name__} was accelerated: looked for {looked}, found {what}"

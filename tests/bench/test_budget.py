@@ -1,0 +1,317 @@
+"""The budget holds for the kernels as they are compiled now, and each of its rules can be seen to fail."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import aot, budget
+from bench.budget_cases import ALLOWED, CASES, select
+from bench.budget_picture import draw
+from bench.budget_rules import broken_rules, rows_of
+from bench.sass import PIPES
+from florence_fast.cli import budget as command
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def checked(tmp_path_factory):
+    """Compile the quick cases once; give the exit code of --check, the report and what was printed."""
+    pytest.importorskip("triton")
+    path = tmp_path_factory.mktemp("budget") / "budget.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = [sys.executable, "-m", "bench.budget", "--check", "--json", str(path)]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert path.is_file(), done.stdout + done.stderr
+    return done.returncode, json.loads(path.read_text("utf-8")), done.stdout
+
+
+@pytest.fixture
+def report(checked):
+    """A copy of the report that a test may spoil."""
+    return copy.deepcopy(checked[1])
+
+
+def row_of(report, name, arch=80):
+    return next(row for row in report["rows"] if row["case"] == name and row["arch"] == arch)
+
+
+@pytest.mark.aot
+class TestCompiledKernels:
+    def test_every_rule_holds(self, checked):
+        code, report, printed = checked
+        assert report["broken"] == broken_rules(report) == [], printed
+        assert code == 0
+        assert "every rule holds" in printed
+
+    def test_each_quick_case_is_there_for_each_architecture(self, checked):
+        found = [(row["case"], row["arch"]) for row in checked[1]["rows"]]
+        assert sorted(found) == sorted((case.name, arch) for case in select("quick") for arch in case.archs)
+
+    def test_few_enough_are_compiled_for_make_test(self, checked):
+        kernels = {arch: sum(len(case.kernels) for case in select("quick") if arch in case.archs) for arch in (80, 90)}
+        assert max(kernels.values()) * 2 <= 48
+        assert checked[1]["compiles"] <= 96
+        assert checked[1]["compiles"] == sum(kernels.values()) * len(checked[1]["triton"])
+
+    def test_what_is_compiled_is_what_a_launch_compiles(self, checked):
+        for row in [*checked[1]["rows"], *checked[1]["other_rows"]]:
+            for kernel in row["kernels"]:
+                pointers = [word.split(":")[0] for word in kernel["signature"].split(", ") if ": *" in word]
+                assert pointers and kernel["divisible_by_16"] == sorted(pointers)
+                assert "B: i32, H: i32, W: i32, num_heads: i32" in kernel["signature"], "a new map must not compile"
+                assert not any(".U16" in name for kind in ("inner", "edge") for name in kernel[kind]["opcodes"])
+        [kernel] = row_of(checked[1], "7x7 d32 bf16 forward shifted", 90)["kernels"]
+        assert kernel["constexprs"].startswith("WH=7, WW=7, D=32, N_PAD=64")
+        assert kernel["constexprs"].endswith("PRECISION=ieee, HAS_EDGES=True")
+        assert kernel["grid"][0] % 3 == 0, "a program has one of the three heads"
+
+    def test_the_table_names_every_case_and_what_waits_for_a_gpu(self, checked):
+        printed = checked[2]
+        assert all(row["case"] in printed for row in checked[1]["rows"])
+        assert "not yet" in printed or any(row["measured_clocks"] for row in checked[1]["rows"])
+
+    def test_pictures_are_drawn_small_enough_for_a_readme(self, checked, tmp_path):
+        paths = draw(checked[1]["rows"], tmp_path)
+        assert [path.name for path in paths] == ["budget_a100.png", "budget_h200.png"]
+        for path in paths:
+            assert path.read_bytes().startswith(b"\x89PNG")
+            assert 20_000 < path.stat().st_size < 300_000
+
+
+def slow_down(pipe):
+    def change(row, kernel):
+        row["pipes"][pipe] = row["memory_floor"] * 1.001
+
+    return change
+
+
+def set_row(**values):
+    return lambda row, kernel: row.update(values)
+
+
+def set_kernel(**values):
+    return lambda row, kernel: kernel.update(values)
+
+
+def without(*opcodes):
+    def change(row, kernel):
+        kept = {name: n for name, n in kernel["inner"]["opcodes"].items() if name.split(".")[0] not in opcodes}
+        kernel["inner"]["opcodes"] = kept
+
+    return change
+
+
+def with_opcode(name, count=1):
+    return lambda row, kernel: kernel["inner"]["opcodes"].update({name: count})
+
+
+SPLIT = [{"tile": [64, 64], "warps": [1, 4]}]
+BROKEN = [
+    ("too many instructions", "7x7 d32 bf16 forward", set_row(instructions=401), "401 instructions a warp and window"),
+    ("backward's instructions", "8x8 d32 fp16 backward", set_row(instructions=761), "761 instructions .* at most 760"),
+    *((f"{p} over memory", "7x7 d32 bf16 forward shifted", slow_down(p), f"{p} needs 1,1") for p in PIPES),
+    ("a stack in the forward", "7x7 d32 bf16 forward", set_kernel(stack=8), "8 bytes of stack, at most 0"),
+    ("a stack in the backward", "7x7 d32 bf16 backward", set_kernel(stack=64), "64 bytes of stack, at most 63"),
+    ("32 registers", "7x7 d32 bf16 backward", set_kernel(registers=32, stack=8), "ptxas has given up"),
+    ("no tensor instruction", "7x7 d32 tf32 forward", without("HMMA", "HGMMA"), "holds no tensor instruction"),
+    ("float32 on tensor cores", "7x7 d32 fp32 forward", with_opcode("HMMA.1688.F32.TF32"), "no tensor instruction"),
+    ("float32 without FFMA", "7x7 d32 fp32 backward", without("FFMA"), "must hold FFMA"),
+    ("loads of 2 bytes", "7x7 d32 bf16 forward", with_opcode("LDG.E.U16"), "the inner loop loads by LDG.E.U16"),
+    ("loads of 4 bytes", "7x7 d32 bf16 forward", with_opcode("LDG.E", 8), "loads 75% by 16 bytes, at least 100%"),
+    ("no loads", "7x7 d32 bf16 forward", without("LDG", "LDGSTS"), "loads none by 16 bytes"),
+    ("rows across warps", "7x7 d32 bf16 forward", set_kernel(row_reductions=SPLIT), "rows of a 64x64 tile .* 4 warps"),
+    ("a lost loop", "7x7 d32 bf16 forward shifted", set_kernel(window_loops=1), "1 loops over windows, not 2"),
+    ("an unaligned pointer", "7x7 d32 bf16 forward", set_kernel(unknown_pointers=["qkv_ptr"]), "divisible by 16: qkv"),
+    ("a kernel not launched", "12x12 d32 bf16 backward", lambda row, _: row["kernels"].pop(), "not launched: .*grad"),
+    ("an error", "7x7 d32 bf16 forward", set_row(error="PTXASError: no"), "does not compile: PTXASError: no"),
+]  # fmt: skip
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("case", "change", "message"), [x[1:] for x in BROKEN], ids=[x[0] for x in BROKEN])
+def test_a_broken_rule_is_told(report, case, change, message):
+    row = row_of(report, case)
+    change(row, row["kernels"][0])
+    said = broken_rules(report)
+    assert any(re.match(rf"{case}, sm_80, Triton \S+: .*{message}", line) for line in said), said
+
+
+@pytest.mark.aot
+def test_a_subroutine_and_lost_work_are_told(report):
+    row = row_of(report, "7x7 d32 bf16 forward", 90)
+    row["kernels"][0]["inner"]["calls"] = 1
+    row["kernels"][0]["inner"]["multiply_adds"] *= 2
+    said = " ".join(broken_rules(report))
+    assert "calls a subroutine, which is not counted" in said
+    assert "its loops hold 1,048,576 FLOP a window, and the formula says 307,328" in said
+    row["kernels"][0]["inner"]["multiply_adds"] //= 4
+    assert "its loops hold 262,144 FLOP a window" in " ".join(broken_rules(report))
+
+
+@pytest.mark.aot
+def test_the_tail_of_16_rows_may_lie_across_the_warps_and_64_rows_may_not(report):
+    [kernel] = row_of(report, "12x12 d32 bf16 forward")["kernels"]
+    kernel["row_reductions"] = [{"tile": [16, 128], "warps": [1, 4]}]
+    assert broken_rules(report) == []
+    kernel["row_reductions"] = [{"tile": [64, 128], "warps": [1, 4]}]
+    assert len(broken_rules(report)) == 1
+
+
+@pytest.mark.aot
+def test_an_allowance_goes_no_further_than_it_says(report):
+    row = row_of(report, "12x12 d32 bf16 backward")
+    assert set(broken_rules(report, strict=True)) >= set(report["allowed"])
+    row["pipes"]["lsu"] = row["memory_floor"] * row["allowed"].get("of_memory", 1.0) * 1.001
+    assert len(broken_rules(report)) == 1
+
+
+def test_every_allowance_is_of_a_case_and_a_limit():
+    cases = {case.name: case for case in CASES}
+    assert len(cases) == len(CASES), "two cases have one name"
+    for name, allowed in ALLOWED.items():
+        assert set(allowed) <= set(vars(cases[name].limits))
+
+
+def loop(instructions=10, multiply_adds=0, children=(), ffma=0, clocks=1.0):
+    return {
+        "head": "0x0", "num_warps": 4, "instructions": instructions, "multiply_adds": multiply_adds, "calls": 0,
+        "clocks": dict.fromkeys(PIPES, clocks), "opcodes": {"FFMA": ffma}, "units": {}, "children": list(children),
+    }  # fmt: skip
+
+
+def compiled(case, *kernels):
+    shared = {
+        "grid": [1], "num_warps": 4, "num_stages": 2, "maxnreg": None, "registers": 99, "stack": 0, "shared": 0,
+        "mma_warps": [], "row_reductions": [], "seconds": 0.1, "signature": {"qkv_ptr": "*bf16", "B": "i32"},
+        "attributes": {"qkv_ptr": "[['tt.divisibility', 16]]"},
+    }  # fmt: skip
+    entry = {"case": case, "arch": 90, "error": None, "kernels": [{**shared, **kernel} for kernel in kernels]}
+    return {"triton": "0.0", "entries": [entry]}
+
+
+def test_edge_windows_are_weighted_by_their_share_of_the_map():
+    loops = [loop(2, clocks=9.0), loop(100, 10, clocks=100.0), loop(200, 10, clocks=200.0)]
+    [row] = rows_of(
+        compiled(
+            "7x7 d32 bf16 forward shifted", {"name": "_window_attention_fwd_kernel", "constexprs": {}, "loops": loops}
+        )
+    )
+    assert row["edge_share"] == 15 / 64
+    assert (row["instructions"], row["edge_instructions"]) == (100, 200)
+    assert row["pipes"]["issue"] == 100 * 49 / 64 + 200 * 15 / 64
+    assert row["memory_floor"] == 4 * 49 * 32 * 2 / 18.5
+    assert row["binds"] == "memory" and row["clocks"] == row["memory_floor"]
+
+
+def test_blocks_of_rows_and_programs_a_window_are_multiplied():
+    main = loop(50, 0, [loop(100, 10, clocks=7.0), loop(3, clocks=0.5)])
+    sums = loop(200, 10)
+    names = ("_window_attention_tall_bwd_kernel", "_window_attention_tall_bias_grad_kernel")
+    kernels = [
+        {"name": n, "constexprs": {"BLOCKS": "3"}, "loops": [x]} for n, x in zip(names, (main, sums), strict=True)
+    ]
+    [row] = rows_of(compiled("12x12 d32 bf16 backward", *kernels))
+    assert [kernel["inner"]["instructions"] for kernel in row["kernels"]] == [50 + 3 * 100 + 3, 3 * 200]
+    assert row["pipes"]["alu"] == 1 + 3 * 7 + 0.5 + 3
+    # Eleven streams of 144 tokens in 16 bits, and four float32 statistics a row.
+    assert row["memory_floor"] == (11 * 144 * 32 * 2 + 4 * 144 * 4) / 18.5
+
+
+def test_a_loop_of_few_ffma_is_no_product():
+    loops = [loop(ffma=255), loop(ffma=256)]
+    [row] = rows_of(
+        compiled("7x7 d32 fp32 forward", {"name": "_window_attention_fwd_kernel", "constexprs": {}, "loops": loops})
+    )
+    assert row["kernels"][0]["window_loops"] == 1
+    assert row["kernels"][0]["inner"]["multiply_adds"] == 256 * 32 * 4
+
+
+def test_layouts_are_read_from_the_compilers_own_language():
+    ttgir = """
+#blocked = #ttg.blocked<{sizePerThread = [1, 8], threadsPerWarp = [8, 4], warpsPerCTA = [4, 1], order = [1, 0]}>
+#mma = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [1, 4], instrShape = [16, 8]}>
+      %p = "tt.reduce"(%scores) <{axis = 1 : i32}> ({
+        tt.reduce.return %m : f32
+      }) : (tensor<64x128xf32, #mma>) -> tensor<64xf32, #ttg.slice<{dim = 1, parent = #mma}>>
+      %q = "tt.reduce"(%rows) <{axis = 0 : i32}> ({
+      }) : (tensor<64x32xf32, #blocked>) -> tensor<32xf32, #ttg.slice<{dim = 0, parent = #blocked}>>
+"""
+    assert aot.layouts(ttgir) == {"mma_warps": [[1, 4]], "row_reductions": [{"tile": [64, 128], "warps": [1, 4]}]}
+
+
+def test_nothing_is_compiled_under_the_interpreter(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert aot.main(["--out", str(tmp_path / "x.json")]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_case_is_refused_with_the_nearest_name(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert aot.main(["--cases", "7x7 d32 bf16 forwards", "--out", str(tmp_path / "x.json")]) == 2
+    assert "did you mean '7x7 d32 bf16 forward'?" in capsys.readouterr().err
+
+
+def test_wrong_usage_is_told_before_anything_is_compiled(capsys, tmp_path):
+    assert budget.main(["--case", "9x9"]) == 2
+    assert "no case's name contains '9x9'" in capsys.readouterr().err
+    assert budget.main(["--require-both", "--triton-36", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "is not installed in" in shown.out and "(make budget)" in shown.out
+    assert "--require-both needs it" in shown.err
+
+
+def test_what_a_failed_compilation_printed_is_told():
+    nowhere = replace(CASES[0], window=9)
+    with pytest.raises(budget.ChildFailed, match=r"exit code 2:\n(.*\n)*unknown case '9x9 d32 bf16 forward'"):
+        budget.compile_cases([nowhere], None)
+
+
+def test_a_measured_time_is_found_by_everything_that_decides_it(tmp_path):
+    sizes = {"batch": 128, "height": 56, "width": 56, "heads": 3, "head_dim": 32, "window": 7, "shift": 3}
+    result = {"competitor": "ours (triton)", "arch": 90, "dtype": "bf16", "mode": "forward", "sizes": sizes}
+    others = [{**result, "competitor": "eager", "measured_clocks": 1.0}, {**result, "measured_clocks": None}]
+    rows = {"rows": [*others, {**result, "measured_clocks": 812.0}]}
+    (tmp_path / "gpu_h200.json").write_text(json.dumps(rows), encoding="utf-8")
+    results = budget.measured_rows(tmp_path)
+    [row] = rows_of(compiled("7x7 d32 bf16 forward shifted"))
+    assert budget.measured(row, results) == 812.0
+    for change in ({"arch": 80}, {"dtype": "fp16"}, {"shifted": False}, {"size": 28}, {"safe_dots": True}):
+        assert budget.measured({**row, **change}, results) is None
+
+
+def test_the_command_passes_its_options_on(monkeypatch):
+    calls = []
+
+    def run(words, check):
+        calls.append(words)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    context = type("Context", (), {"args": ["--check", "--case", "7x7"]})()
+    command.command(context)
+    assert calls[0][-4:] == [str(ROOT), "--check", "--case", "7x7"]
+
+
+def test_the_command_gives_back_the_exit_code_and_runs_from_any_folder(monkeypatch, tmp_path, capfd):
+    import typer
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(typer.Exit) as left:
+        command.command(type("Context", (), {"args": ["--case", "9x9"]})())
+    assert left.value.exit_code == 2
+    assert "python -m bench.budget: no case's name contains '9x9'" in capfd.readouterr().err
+
+
+def test_the_command_needs_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "CHECKOUT", tmp_path)
+    with pytest.raises(command.WrongUsage, match="needs a checkout of the repository"):
+        command.command(type("Context", (), {"args": []})())
