@@ -1,18 +1,21 @@
 """The samples of a deformable convolution: columns for the product, and the gradients through them, without atomics.
 
 A *sample* is one tap of one output place, for one offset group: four pixels of the map, weighed by how near they lie
-and by the mask. ``sample`` writes the columns that the library multiplies with the weight; ``sample_gradients`` gives
-the gradients of offset and mask from those of the columns, and samples anew in the same pass; ``input_gradient`` sorts
-the corners by the pixel on which they lie, and then each pixel gathers what belongs to it, in the order of the samples.
+and by the mask. Where they lie is computed once, one sample a thread, and read by the kernels that move channels, whose
+32 lanes would otherwise each compute it. ``sample`` writes the columns that the library multiplies with the weight.
+``sample_gradients`` gives the gradients of offset and mask from those of the columns, and samples anew in the same
+pass. ``input_gradient`` sorts the samples by their upper left pixel, and each pixel adds what the samples around it
+say, in an order that depends on the offsets alone: the same bits in every run.
 
-Bytes of a sample of CG channels, at s bytes an element, beside the map itself: columns s CG out; gradients s CG in, and
-s CG out where the columns are wanted; input s CG in, read once for each of four corners, mostly from the cache, and
-16 + 16 bytes of keys and weights, which are sorted. Positions, weights and sums are float32.
+Bytes of a sample of CG channels, at s bytes an element: 16 + 16 for where it lies, each way; columns s CG out;
+gradients s CG in, s CG out where columns are wanted, and 16 out and in; input s CG in, once for each of four corners,
+and a sort of one key. The map itself is read from the cache: neighbouring samples share its pixels. Positions, weights
+and sums are float32.
 
 Compiled for sm_80 and sm_90 at CG = 256 in 16 bits it must show 16-byte loads and stores of the channels and no stack.
 
 Letters: B batch · H W map height and width · C channels · G offset groups · CG channels of one · K taps, kh times kw ·
-P places of the output map · R samples, B P K G.
+P places of the output map · R samples, numbered (B, P, K, G); pixels are numbered (B, H, W, G).
 """
 
 from collections.abc import Sequence
@@ -25,306 +28,347 @@ from torch import Tensor
 from florence_fast.kernels.configs import Config, config_of
 from florence_fast.kernels.targets import target_of
 
-SIZES = ["H", "W", "P", "out_w"]
+SIZES = ["num_pixels", "num_samples", "H", "W", "P", "out_w"]
 """Arguments whose divisibility tells the compiler nothing: a new map must not compile again."""
 
 
 @triton.jit
 def _part(position, LAST):
-    """Whole and fractional part of a position, at most one pixel off the map; NaN stays in the fraction."""
-    clamped = tl.minimum(tl.maximum(position, -1.0), LAST.to(tl.float32))
-    clamped = tl.where(position == position, clamped, -1.0)
+    """Whole and fractional part of a position, no farther off the map than where all is zero; NaN in the fraction."""
+    clamped = tl.minimum(tl.maximum(position, -2.0), LAST.to(tl.float32))
+    clamped = tl.where(position == position, clamped, -2.0)
     whole = tl.floor(clamped)
     return whole.to(tl.int32), tl.where(position == position, clamped - whole, position)
 
 
 @triton.jit
 def _locate(
-    offset_ptr,  # (2*K, P) of this image and group
-    mask_ptr,  # (K, P) of this image and group; read if MASKED
-    sample,
+    offset_ptr,  # (B, G, K, 2, P)
+    mask_ptr,  # (B, G, K, P), read if MASKED
+    sample,  # (BLOCK_R,)
+    num_samples,
+    sizes,
+    G: tl.constexpr,
+    GEOMETRY: tl.constexpr,  # kernel size, stride, padding and dilation, each (y, x)
+    MASKED: tl.constexpr,
+):
+    """Give image and group of each sample, its upper left pixel, the fractions, the modulation, and its place in mask.
+
+    Its two offsets lie at that place plus P times the number of its row in (B, G, K), and P behind.
+    """
+    H, W, P, out_w = sizes
+    KH: tl.constexpr = GEOMETRY[0]
+    KW: tl.constexpr = GEOMETRY[1]
+    real = sample < num_samples
+    group, tap, place = sample % G, sample // G % (KH * KW), sample // (G * KH * KW)
+    image, place = place // P, place % P
+    row = ((image * G + group) * (KH * KW) + tap).to(tl.int64) * P
+    at = row + place
+    dy = tl.load(offset_ptr + at + row, mask=real, other=0.0).to(tl.float32)
+    dx = tl.load(offset_ptr + at + row + P, mask=real, other=0.0).to(tl.float32)
+    modulation = tl.full(sample.shape, 1.0, tl.float32)
+    if MASKED:
+        modulation = tl.load(mask_ptr + at, mask=real, other=0.0).to(tl.float32)
+    y = (place // out_w * GEOMETRY[2] - GEOMETRY[4] + tap // KW * GEOMETRY[6]).to(tl.float32) + dy
+    x = (place % out_w * GEOMETRY[3] - GEOMETRY[5] + tap % KW * GEOMETRY[7]).to(tl.float32) + dx
+    y, fy = _part(y, H)
+    x, fx = _part(x, W)
+    return image, group, y, x, fy, fx, modulation, row, at
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _deform_conv2d_locate_kernel(
+    offset_ptr,  # (B, G, K, 2, P)
+    mask_ptr,  # (B, G, K, P), read if MASKED
+    pixel_ptr,  # (R, 4) int32, num_pixels where off the map; or (R,), see below, if BINS
+    weight_ptr,  # (R, 4) float32
+    num_pixels,
+    num_samples,
     H,
     W,
     P,
     out_w,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    G: tl.constexpr,
+    GEOMETRY: tl.constexpr,
     MASKED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BINS: tl.constexpr,
 ):
-    """Give, for samples (R,) numbered place by place, the upper left pixel, the fractions, and the modulation."""
-    real = sample < P * KH * KW
-    place, tap = sample // (KH * KW), sample % (KH * KW)
-    at = tap * P + place
-    dy = tl.load(offset_ptr + at + tap * P, mask=real, other=0.0).to(tl.float32)
-    dx = tl.load(offset_ptr + at + tap * P + P, mask=real, other=0.0).to(tl.float32)
-    modulation = tl.full(sample.shape, 1.0, tl.float32)
-    if MASKED:
-        modulation = tl.load(mask_ptr + at, mask=real, other=0.0).to(tl.float32)
-    y = (place // out_w * STRIDE_H - PAD_H + tap // KW * DILATION_H).to(tl.float32) + dy
-    x = (place % out_w * STRIDE_W - PAD_W + tap % KW * DILATION_W).to(tl.float32) + dx
-    y, fy = _part(y, H)
-    x, fx = _part(x, W)
-    return real, y, x, fy, fx, modulation
+    """Write the four pixels of each sample and what they weigh; or, if BINS, its upper left pixel as a bin.
+
+    Bins are numbered (B, G, 1 + H, 1 + W), for that pixel may lie one off the map. Those farther off go past the last.
+    """
+    sample = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    # fmt: off
+    image, group, y, x, fy, fx, modulation, _, _ = _locate(
+        offset_ptr, mask_ptr, sample, num_samples, (H, W, P, out_w),
+        G, GEOMETRY, MASKED)
+    # fmt: on
+    real, at = sample < num_samples, sample.to(tl.int64) * 4
+    for corner in tl.static_range(4):
+        cy, cx = y + corner // 2, x + corner % 2
+        inside = (cy >= 0) & (cy < H) & (cx >= 0) & (cx < W)
+        pixel = tl.where(inside, ((image * H + cy) * W + cx) * G + group, num_pixels)
+        weight = (fy if corner // 2 else 1 - fy) * (fx if corner % 2 else 1 - fx) * modulation
+        if not BINS:
+            tl.store(pixel_ptr + at + corner, pixel, mask=real)
+        tl.store(weight_ptr + at + corner, weight, mask=real)
+    if BINS:
+        near = (y >= -1) & (y < H) & (x >= -1) & (x < W)
+        bin = ((image * G + group) * (H + 1) + y + 1) * (W + 1) + x + 1
+        tl.store(pixel_ptr + sample, tl.where(near, bin, num_pixels), mask=real)
 
 
 @triton.jit
-def _load_corner(x_ptr, y, x, H, W, real, channel, STEP: tl.constexpr, CG: tl.constexpr):
-    """Load pixels (R,) of a map, zeros off it: (R, BLOCK_C) in float32."""
-    inside = real & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+def _find_corner(x_ptr, pixel_ptr, num_pixels, real, CG: tl.constexpr):
+    """Give where the pixels of one corner lie, (BLOCK_R, 1), and whether they are on the map."""
+    pixel = tl.load(pixel_ptr, mask=real, other=0)
     # In 64 bits: a map may be so large that a distance in elements needs them.
-    pixel = (y * W + x).to(tl.int64) * STEP
-    ptr = x_ptr + pixel[:, None] + channel[None, :]
-    return tl.load(ptr, mask=inside[:, None] & (channel < CG)[None, :], other=0.0).to(tl.float32)
+    return x_ptr + (pixel.to(tl.int64) * CG)[:, None], (real & (pixel < num_pixels))[:, None]
+
+
+@triton.jit
+def _load_weight(weight_ptr, real):
+    """Load what one corner weighs: (BLOCK_R, 1)."""
+    return tl.load(weight_ptr, mask=real, other=0.0)[:, None]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _deform_conv2d_sample_fwd_kernel(
-    x_ptr,  # (B, H, W, G, CG)
-    offset_ptr,  # (B, G, K, 2, P)
-    mask_ptr,  # (B, G, K, P), read if MASKED
-    columns_ptr,  # (B, P, K, G, CG)
-    H,
-    W,
-    P,
-    out_w,
-    G: tl.constexpr,
+    x_ptr,  # (pixels, CG)
+    pixel_ptr,  # (R, 4)
+    weight_ptr,  # (R, 4)
+    columns_ptr,  # (R, CG)
+    num_pixels,
+    num_samples,
     CG: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    MASKED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    K: tl.constexpr = KH * KW
-    blocks = tl.cdiv(P * K, BLOCK_R)
-    image_group = (tl.program_id(0) // blocks).to(tl.int64)
-    image, group = image_group // G, image_group % G
-    sample = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    offset_ptr, mask_ptr = offset_ptr + image_group * (2 * K * P), mask_ptr + image_group * (K * P)
-    # fmt: off
-    real, y, x, fy, fx, modulation = _locate(
-        offset_ptr, mask_ptr, sample, H, W, P, out_w,
-        KH, KW, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, MASKED)
-    # fmt: on
-    x_ptr += image * H * W * (G * CG) + group * CG
-    top, bottom = (1 - fy) * modulation, fy * modulation
-    row = (image * (P * K) + sample) * (G * CG) + group * CG
+    sample = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    real, row = sample < num_samples, sample.to(tl.int64)
+    pixel_ptr, weight_ptr, columns_ptr = pixel_ptr + row * 4, weight_ptr + row * 4, columns_ptr + (row * CG)[:, None]
+    p0, inside0 = _find_corner(x_ptr, pixel_ptr, num_pixels, real, CG)
+    p1, inside1 = _find_corner(x_ptr, pixel_ptr + 1, num_pixels, real, CG)
+    p2, inside2 = _find_corner(x_ptr, pixel_ptr + 2, num_pixels, real, CG)
+    p3, inside3 = _find_corner(x_ptr, pixel_ptr + 3, num_pixels, real, CG)
+    w0, w1 = _load_weight(weight_ptr, real), _load_weight(weight_ptr + 1, real)
+    w2, w3 = _load_weight(weight_ptr + 2, real), _load_weight(weight_ptr + 3, real)
     for first in tl.static_range(0, CG, BLOCK_C):
-        channel = first + tl.arange(0, BLOCK_C)
-        value = _load_corner(x_ptr, y, x, H, W, real, channel, G * CG, CG) * (top * (1 - fx))[:, None]
-        value += _load_corner(x_ptr, y, x + 1, H, W, real, channel, G * CG, CG) * (top * fx)[:, None]
-        value += _load_corner(x_ptr, y + 1, x, H, W, real, channel, G * CG, CG) * (bottom * (1 - fx))[:, None]
-        value += _load_corner(x_ptr, y + 1, x + 1, H, W, real, channel, G * CG, CG) * (bottom * fx)[:, None]
-        ptr = columns_ptr + row[:, None] + channel[None, :]
-        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=real[:, None] & (channel < CG)[None, :])
+        channel = first + tl.arange(0, BLOCK_C)[None, :]
+        used = channel < CG
+        x0 = tl.load(p0 + channel, mask=inside0 & used, other=0.0).to(tl.float32)
+        x1 = tl.load(p1 + channel, mask=inside1 & used, other=0.0).to(tl.float32)
+        x2 = tl.load(p2 + channel, mask=inside2 & used, other=0.0).to(tl.float32)
+        x3 = tl.load(p3 + channel, mask=inside3 & used, other=0.0).to(tl.float32)
+        value = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
+        tl.store(columns_ptr + channel, value.to(columns_ptr.dtype.element_ty), mask=real[:, None] & used)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _deform_conv2d_sample_bwd_kernel(
-    dcolumns_ptr,  # (B, P, K, G, CG)
-    x_ptr,  # (B, H, W, G, CG)
-    offset_ptr,  # (B, G, K, 2, P)
-    mask_ptr,  # (B, G, K, P), read if MASKED
-    columns_ptr,  # (B, P, K, G, CG), written if COLUMNS
-    doffset_ptr,  # (B, G, K, 2, P)
-    dmask_ptr,  # (B, G, K, P), written if MASKED
-    H,
-    W,
-    P,
-    out_w,
-    G: tl.constexpr,
+    dcolumns_ptr,  # (R, CG)
+    x_ptr,  # (pixels, CG)
+    pixel_ptr,  # (R, 4)
+    weight_ptr,  # (R, 4)
+    columns_ptr,  # (R, CG), written if COLUMNS
+    dot_ptr,  # (R, 4) float32
+    num_pixels,
+    num_samples,
     CG: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    MASKED: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    K: tl.constexpr = KH * KW
-    blocks = tl.cdiv(P * K, BLOCK_R)
-    image_group = (tl.program_id(0) // blocks).to(tl.int64)
-    image, group = image_group // G, image_group % G
-    sample = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    offset_ptr, mask_ptr = offset_ptr + image_group * (2 * K * P), mask_ptr + image_group * (K * P)
-    # fmt: off
-    real, y, x, fy, fx, modulation = _locate(
-        offset_ptr, mask_ptr, sample, H, W, P, out_w,
-        KH, KW, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, MASKED)
-    # fmt: on
-    x_ptr += image * H * W * (G * CG) + group * CG
-    row = (image * (P * K) + sample) * (G * CG) + group * CG
-    # What the gradient of a sample says about each of its four pixels.
-    d00, d01 = tl.zeros((BLOCK_R,), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
-    d10, d11 = tl.zeros((BLOCK_R,), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
+    """Multiply the gradient of each sample with its four pixels; sample anew."""
+    sample = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    real, row = sample < num_samples, sample.to(tl.int64)
+    pixel_ptr, weight_ptr, dot_ptr = pixel_ptr + row * 4, weight_ptr + row * 4, dot_ptr + row * 4
+    p0, inside0 = _find_corner(x_ptr, pixel_ptr, num_pixels, real, CG)
+    p1, inside1 = _find_corner(x_ptr, pixel_ptr + 1, num_pixels, real, CG)
+    p2, inside2 = _find_corner(x_ptr, pixel_ptr + 2, num_pixels, real, CG)
+    p3, inside3 = _find_corner(x_ptr, pixel_ptr + 3, num_pixels, real, CG)
+    if COLUMNS:
+        w0, w1 = _load_weight(weight_ptr, real), _load_weight(weight_ptr + 1, real)
+        w2, w3 = _load_weight(weight_ptr + 2, real), _load_weight(weight_ptr + 3, real)
+    d0, d1 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32), tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    d2, d3 = tl.zeros((BLOCK_R, BLOCK_C), tl.float32), tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for first in tl.static_range(0, CG, BLOCK_C):
-        channel = first + tl.arange(0, BLOCK_C)
-        at, used = row[:, None] + channel[None, :], real[:, None] & (channel < CG)[None, :]
-        grad = tl.load(dcolumns_ptr + at, mask=used, other=0.0).to(tl.float32)
-        pixel = _load_corner(x_ptr, y, x, H, W, real, channel, G * CG, CG)
-        value = pixel * ((1 - fy) * (1 - fx) * modulation)[:, None]
-        d00 += tl.sum(grad * pixel, 1)
-        pixel = _load_corner(x_ptr, y, x + 1, H, W, real, channel, G * CG, CG)
-        value += pixel * ((1 - fy) * fx * modulation)[:, None]
-        d01 += tl.sum(grad * pixel, 1)
-        pixel = _load_corner(x_ptr, y + 1, x, H, W, real, channel, G * CG, CG)
-        value += pixel * (fy * (1 - fx) * modulation)[:, None]
-        d10 += tl.sum(grad * pixel, 1)
-        pixel = _load_corner(x_ptr, y + 1, x + 1, H, W, real, channel, G * CG, CG)
-        value += pixel * (fy * fx * modulation)[:, None]
-        d11 += tl.sum(grad * pixel, 1)
+        channel = first + tl.arange(0, BLOCK_C)[None, :]
+        used = channel < CG
+        at = (row * CG)[:, None] + channel
+        grad = tl.load(dcolumns_ptr + at, mask=real[:, None] & used, other=0.0).to(tl.float32)
+        x0 = tl.load(p0 + channel, mask=inside0 & used, other=0.0).to(tl.float32)
+        x1 = tl.load(p1 + channel, mask=inside1 & used, other=0.0).to(tl.float32)
+        x2 = tl.load(p2 + channel, mask=inside2 & used, other=0.0).to(tl.float32)
+        x3 = tl.load(p3 + channel, mask=inside3 & used, other=0.0).to(tl.float32)
+        d0 += grad * x0
+        d1 += grad * x1
+        d2 += grad * x2
+        d3 += grad * x3
         if COLUMNS:
-            tl.store(columns_ptr + at, value.to(columns_ptr.dtype.element_ty), mask=used)
-    place, tap = sample // K, sample % K
-    at = tap * P + place
-    dy = ((d10 - d00) * (1 - fx) + (d11 - d01) * fx) * modulation
-    dx = ((d01 - d00) * (1 - fy) + (d11 - d10) * fy) * modulation
-    doffset_ptr += image_group * (2 * K * P)
-    tl.store(doffset_ptr + at + tap * P, dy.to(doffset_ptr.dtype.element_ty), mask=real)
-    tl.store(doffset_ptr + at + tap * P + P, dx.to(doffset_ptr.dtype.element_ty), mask=real)
-    if MASKED:
-        dmodulation = (d00 * (1 - fx) + d01 * fx) * (1 - fy) + (d10 * (1 - fx) + d11 * fx) * fy
-        dmask_ptr += image_group * (K * P)
-        tl.store(dmask_ptr + at, dmodulation.to(dmask_ptr.dtype.element_ty), mask=real)
+            value = x0 * w0 + x1 * w1 + x2 * w2 + x3 * w3
+            tl.store(columns_ptr + at, value.to(columns_ptr.dtype.element_ty), mask=real[:, None] & used)
+    tl.store(dot_ptr, tl.sum(d0, 1), mask=real)
+    tl.store(dot_ptr + 1, tl.sum(d1, 1), mask=real)
+    tl.store(dot_ptr + 2, tl.sum(d2, 1), mask=real)
+    tl.store(dot_ptr + 3, tl.sum(d3, 1), mask=real)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "num_pixels"])
-def _deform_conv2d_corners_kernel(
+@triton.jit(do_not_specialize=SIZES)
+def _deform_conv2d_place_grad_kernel(
     offset_ptr,  # (B, G, K, 2, P)
     mask_ptr,  # (B, G, K, P), read if MASKED
-    pixel_ptr,  # (R, 4) int32, samples numbered (B, P, K, G), pixels (B, H, W, G); num_pixels where off the map
-    weight_ptr,  # (R, 4) float32
-    num_pixels,
+    dot_ptr,  # (R, 4) float32
+    doffset_ptr,  # (B, G, K, 2, P)
+    dmask_ptr,  # (B, G, K, P), written if MASKED
+    num_samples,
     H,
     W,
     P,
     out_w,
     G: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
+    GEOMETRY: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    K: tl.constexpr = KH * KW
-    blocks = tl.cdiv(P * K, BLOCK_R)
-    image_group = (tl.program_id(0) // blocks).to(tl.int64)
-    image, group = image_group // G, image_group % G
-    sample = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    offset_ptr, mask_ptr = offset_ptr + image_group * (2 * K * P), mask_ptr + image_group * (K * P)
+    """Turn what the gradient says about four pixels into the gradients of the position and of the modulation."""
+    sample = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     # fmt: off
-    real, y, x, fy, fx, modulation = _locate(
-        offset_ptr, mask_ptr, sample, H, W, P, out_w,
-        KH, KW, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, MASKED)
+    _, _, _, _, fy, fx, modulation, row, at = _locate(
+        offset_ptr, mask_ptr, sample, num_samples, (H, W, P, out_w),
+        G, GEOMETRY, MASKED)
     # fmt: on
-    at = ((image * (P * K) + sample) * G + group) * 4
-    for corner in tl.static_range(4):
-        cy, cx = y + corner // 2, x + corner % 2
-        inside = (cy >= 0) & (cy < H) & (cx >= 0) & (cx < W)
-        pixel = ((image.to(tl.int32) * H + cy) * W + cx) * G + group.to(tl.int32)
-        weight = (fy if corner // 2 else 1 - fy) * (fx if corner % 2 else 1 - fx) * modulation
-        tl.store(pixel_ptr + at + corner, tl.where(inside, pixel, num_pixels), mask=real)
-        tl.store(weight_ptr + at + corner, weight, mask=real)
+    real = sample < num_samples
+    dot_ptr += sample.to(tl.int64) * 4
+    d0, d1 = tl.load(dot_ptr, mask=real, other=0.0), tl.load(dot_ptr + 1, mask=real, other=0.0)
+    d2, d3 = tl.load(dot_ptr + 2, mask=real, other=0.0), tl.load(dot_ptr + 3, mask=real, other=0.0)
+    dy = ((d2 - d0) * (1 - fx) + (d3 - d1) * fx) * modulation
+    dx = ((d1 - d0) * (1 - fy) + (d3 - d2) * fy) * modulation
+    tl.store(doffset_ptr + at + row, dy.to(doffset_ptr.dtype.element_ty), mask=real)
+    tl.store(doffset_ptr + at + row + P, dx.to(doffset_ptr.dtype.element_ty), mask=real)
+    if MASKED:
+        dmodulation = (d0 * (1 - fx) + d1 * fx) * (1 - fy) + (d2 * (1 - fx) + d3 * fx) * fy
+        tl.store(dmask_ptr + at, dmodulation.to(dmask_ptr.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _deform_conv2d_gather_kernel(
     dcolumns_ptr,  # (R, CG)
-    order_ptr,  # (R*4,) int64, corners sorted by pixel
-    weight_ptr,  # (R*4,) float32
-    start_ptr,  # (pixels + 1,), where the corners of a pixel start in ``order``
-    dx_ptr,  # (pixels, CG)
+    order_ptr,  # (R,) int64, samples sorted by bin
+    weight_ptr,  # (R, 4) float32
+    start_ptr,  # (bins + 1,), where the samples of a bin start in ``order``
+    dx_ptr,  # (B, H, W, G, CG)
+    H,
+    W,
+    G: tl.constexpr,
     CG: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    chunks: tl.constexpr = (CG + BLOCK_C - 1) // BLOCK_C
-    pixel = tl.program_id(0) // chunks
-    channel = tl.program_id(0) % chunks * BLOCK_C + tl.arange(0, BLOCK_C)
-    used = channel < CG
-    start, stop = tl.load(start_ptr + pixel), tl.load(start_ptr + pixel + 1)
+    """Add to one pixel what the samples in the four bins around it say: it is their lower right corner, and so on."""
+    # Two parts of the channels at a time share what a sample costs but once.
+    TWO: tl.constexpr = CG > BLOCK_C
+    parts: tl.constexpr = (CG + 2 * BLOCK_C - 1) // (2 * BLOCK_C)
+    pixel, channel = tl.program_id(0) // parts, tl.program_id(0) % parts * (2 * BLOCK_C) + tl.arange(0, BLOCK_C)
+    group, place = pixel % G, pixel // G
+    image, y, x = place // (H * W), place // W % H, place % W
+    # A row of bins is numbered from left to right: those whose right corner it is end where those of the left start.
+    start_ptr += ((image * G + group) * (H + 1) + y) * (W + 1) + x
+    above, above_mid, above_end = tl.load(start_ptr), tl.load(start_ptr + 1), tl.load(start_ptr + 2)
+    start_ptr += W + 1
+    below, below_mid, below_end = tl.load(start_ptr), tl.load(start_ptr + 1), tl.load(start_ptr + 2)
+    count_above, count = above_end - above, above_end - above + below_end - below
     total = tl.zeros((BLOCK_J, BLOCK_C), tl.float32)
-    for first in range(start, stop, BLOCK_J):
+    total_two = tl.zeros((BLOCK_J, BLOCK_C), tl.float32)
+    for first in range(0, count, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
-        corner = tl.load(order_ptr + j, mask=j < stop, other=0)
-        weight = tl.load(weight_ptr + corner, mask=j < stop, other=0.0)
-        ptr = dcolumns_ptr + ((corner >> 2) * CG)[:, None] + channel[None, :]
-        grad = tl.load(ptr, mask=(j < stop)[:, None] & used[None, :], other=0.0)
-        total += grad.to(tl.float32) * weight[:, None]
+        real, lower = j < count, j < count_above
+        at = tl.where(lower, above, below - count_above) + j
+        right = at < tl.where(lower, above_mid, below_mid)
+        sample = tl.load(order_ptr + at, mask=real, other=0).to(tl.int32)
+        corner = tl.where(lower, 2, 0) + tl.where(right, 1, 0)
+        weight = tl.load(weight_ptr + (sample * 4 + corner), mask=real, other=0.0)[:, None]
+        ptr = dcolumns_ptr + (sample.to(tl.int64) * CG)[:, None] + channel[None, :]
+        grad = tl.load(ptr, mask=real[:, None] & (channel < CG)[None, :], other=0.0)
+        total += grad.to(tl.float32) * weight
+        if TWO:
+            grad = tl.load(ptr + BLOCK_C, mask=real[:, None] & (channel + BLOCK_C < CG)[None, :], other=0.0)
+            total_two += grad.to(tl.float32) * weight
     dx_ptr += pixel.to(tl.int64) * CG + channel
-    tl.store(dx_ptr, tl.sum(total, 0).to(dx_ptr.dtype.element_ty), mask=used)
+    tl.store(dx_ptr, tl.sum(total, 0).to(dx_ptr.dtype.element_ty), mask=channel < CG)
+    if TWO:
+        total = tl.sum(total_two, 0).to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + BLOCK_C, total, mask=channel + BLOCK_C < CG)
 
 
-def _config(name: str, x: Tensor, taps: int, channels: int, default: Config) -> Config:
-    return config_of(name, target_of(x.device).arch, x.dtype, taps, channels, default)
+class _Call:
+    """What the launchers of one call share: sizes, and the constants of the kernels that compute positions."""
+
+    def __init__(self, offset: Tensor, mask: Tensor | None, batch: int, size: Sequence[int], geometry: tuple) -> None:
+        self.taps, self.places = geometry[0][0] * geometry[0][1], offset.shape[2] * offset.shape[3]
+        self.groups = offset.shape[1] // (2 * self.taps)
+        self.num_pixels = batch * size[0] * size[1] * self.groups
+        self.num_samples = batch * self.places * self.taps * self.groups
+        assert max(self.num_pixels, 4 * self.num_samples) < 2**31, "pixels and corners are numbered in 32 bits"
+        self.sizes = (*size, self.places, offset.shape[3])
+        constants = tuple(value for pair in geometry for value in pair)
+        self.rules = (self.groups, constants, mask is not None, 128)
+        self.place_grid = (triton.cdiv(self.num_samples, 128),)
+        self.offset, self.mask = offset, offset if mask is None else mask
+
+    def locate(self, bins: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the four pixels of every sample, or its one of so many ``bins``, and what the pixels weigh."""
+        shape = (self.num_samples,) if bins else (self.num_samples, 4)
+        pixel = torch.empty(shape, dtype=torch.int32, device=self.offset.device)
+        weight = torch.empty(self.num_samples, 4, dtype=torch.float32, device=self.offset.device)
+        _deform_conv2d_locate_kernel[self.place_grid](
+            self.offset,
+            self.mask,
+            pixel,
+            weight,
+            bins or self.num_pixels,
+            self.num_samples,
+            *self.sizes,
+            *self.rules,
+            bins > 0,
+        )
+        return pixel, weight
+
+    def config(self, kernel: str, x: Tensor, num_warps: int) -> dict:
+        default = Config(num_warps=num_warps, num_stages=1)
+        channels = x.shape[-1] // self.groups
+        return config_of(kernel, target_of(x.device).arch, x.dtype, self.taps, channels, default).options
 
 
-def _rules(kernel_size: Sequence[int], *rest: Sequence[int]) -> tuple[int, ...]:
-    """Constants KH to DILATION_W of every kernel."""
-    return (*kernel_size, *(value for pair in rest for value in pair))
+def _blocks(channels: int, itemsize: int, elements: int) -> tuple[int, int]:
+    """Rows and channels that a program has at a time: as many channels of a row as a cache line of 128 bytes holds.
+
+    Eight lanes then move a row, and what they do but once a row is shared by the four rows of a warp.
+    """
+    block_c = min(128 // itemsize, triton.next_power_of_2(channels))
+    return min(128, elements // block_c), block_c
 
 
-def _blocks(channels: int, elements: int) -> tuple[int, int]:
-    """Samples and channels that a program has at a time: whole rows of up to 256 channels."""
-    block_c = min(256, triton.next_power_of_2(channels))
-    return max(1, elements // block_c), block_c
+def sample(x: Tensor, offset: Tensor, mask: Tensor | None, *geometry: Sequence[int]) -> Tensor:
+    """Return the columns (B, P, K, C) of a map (B, H, W, C).
 
-
-def sample(
-    x: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """Return the columns (B, P, K, C) of a map (B, H, W, C); offset and mask are contiguous and as in the op."""
-    batch, height, width, channels = x.shape
-    taps, places = kernel_size[0] * kernel_size[1], offset.shape[2] * offset.shape[3]
-    groups = offset.shape[1] // (2 * taps)
-    block_r, block_c = _blocks(channels // groups, 4096)
-    columns = x.new_empty(batch, places, taps, channels)
-    config = _config("deform_conv2d_sample_fwd", x, taps, channels // groups, Config(num_warps=4, num_stages=1))
-    _deform_conv2d_sample_fwd_kernel[(batch * groups * triton.cdiv(places * taps, block_r),)](
+    Offset and mask are contiguous and as in the op; the geometry is kernel size, stride, padding and dilation.
+    """
+    call = _Call(offset, mask, len(x), x.shape[1:3], geometry)
+    columns = x.new_empty(len(x), call.places, call.taps, x.shape[3])
+    channels = x.shape[3] // call.groups
+    block_r, block_c = _blocks(channels, x.element_size(), 2048)
+    _deform_conv2d_sample_fwd_kernel[(triton.cdiv(call.num_samples, block_r),)](
         x,
-        offset,
-        offset if mask is None else mask,
+        *call.locate(),
         columns,
-        height,
-        width,
-        places,
-        offset.shape[3],
-        groups,
-        channels // groups,
-        *_rules(kernel_size, stride, padding, dilation),
-        mask is not None,
+        call.num_pixels,
+        call.num_samples,
+        channels,
         block_r,
         block_c,
-        **config.options,
+        **call.config("deform_conv2d_sample_fwd", x, num_warps=4),
     )
     return columns
 
@@ -334,85 +378,68 @@ def sample_gradients(
     x: Tensor,
     offset: Tensor,
     mask: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    needs_columns: bool,
+    *rest: Sequence[int] | bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Return the columns, if they are wanted, and the gradients of offset and mask."""
-    batch, height, width, channels = x.shape
-    taps, places = kernel_size[0] * kernel_size[1], offset.shape[2] * offset.shape[3]
-    groups = offset.shape[1] // (2 * taps)
-    block_r, block_c = _blocks(channels // groups, 4096)
+    """Return the columns, if the last argument says so, and the gradients of offset and mask."""
+    *geometry, needs_columns = rest
+    call = _Call(offset, mask, len(x), x.shape[1:3], geometry)
     columns = torch.empty_like(dcolumns) if needs_columns else None
-    doffset, dmask = torch.empty_like(offset), None if mask is None else torch.empty_like(mask)
-    config = _config("deform_conv2d_sample_bwd", x, taps, channels // groups, Config(num_warps=4, num_stages=1))
-    _deform_conv2d_sample_bwd_kernel[(batch * groups * triton.cdiv(places * taps, block_r),)](
+    dots = torch.empty(call.num_samples, 4, dtype=torch.float32, device=x.device)
+    channels = x.shape[3] // call.groups
+    block_r, block_c = _blocks(channels, x.element_size(), 1024)
+    _deform_conv2d_sample_bwd_kernel[(triton.cdiv(call.num_samples, block_r),)](
         dcolumns,
         x,
-        offset,
-        offset if mask is None else mask,
+        *call.locate(),
         dcolumns if columns is None else columns,
-        doffset,
-        doffset if dmask is None else dmask,
-        height,
-        width,
-        places,
-        offset.shape[3],
-        groups,
-        channels // groups,
-        *_rules(kernel_size, stride, padding, dilation),
-        mask is not None,
+        dots,
+        call.num_pixels,
+        call.num_samples,
+        channels,
         needs_columns,
         block_r,
         block_c,
-        **config.options,
+        **call.config("deform_conv2d_sample_bwd", x, num_warps=4),
+    )
+    doffset, dmask = torch.empty_like(offset), None if mask is None else torch.empty_like(mask)
+    _deform_conv2d_place_grad_kernel[call.place_grid](
+        offset,
+        call.mask,
+        dots,
+        doffset,
+        doffset if dmask is None else dmask,
+        call.num_samples,
+        *call.sizes,
+        *call.rules,
     )
     return columns, doffset, dmask
 
 
 def input_gradient(
-    dcolumns: Tensor,
-    size: Sequence[int],
-    offset: Tensor,
-    mask: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    dcolumns: Tensor, size: Sequence[int], offset: Tensor, mask: Tensor | None, *geometry: Sequence[int]
 ) -> Tensor:
-    """Return the gradient of the map, (B, H, W, C): the same bits in every run, whatever the offsets are."""
-    batch, places, taps, channels = dcolumns.shape
-    groups = offset.shape[1] // (2 * taps)
-    num_pixels, num_corners = batch * size[0] * size[1] * groups, batch * places * taps * groups * 4
-    assert max(num_pixels, num_corners) < 2**31, "pixels and corners are numbered in 32 bits"
-    pixel = torch.empty(num_corners, dtype=torch.int32, device=offset.device)
-    weight = torch.empty(num_corners, dtype=torch.float32, device=offset.device)
-    block_r = 128
-    _deform_conv2d_corners_kernel[(batch * groups * triton.cdiv(places * taps, block_r),)](
-        offset,
-        offset if mask is None else mask,
-        pixel,
+    """Return the gradient of the map, (B, H, W, C)."""
+    call = _Call(offset, mask, len(dcolumns), size, geometry)
+    dx = dcolumns.new_empty(len(dcolumns), *size, dcolumns.shape[3])
+    channels = dx.shape[3] // call.groups
+    num_bins = len(dx) * call.groups * (size[0] + 1) * (size[1] + 1)
+    assert num_bins < 2**31, "bins are numbered in 32 bits"
+    sample_bin, weight = call.locate(num_bins)
+    ordered, order = sample_bin.sort(stable=True)
+    bins = torch.arange(num_bins + 1, dtype=torch.int32, device=dx.device)
+    start = torch.searchsorted(ordered, bins, out_int32=True)
+    block_c = min(128, triton.next_power_of_2(channels))
+    _deform_conv2d_gather_kernel[(call.num_pixels * triton.cdiv(channels, 2 * block_c),)](
+        dcolumns,
+        order,
         weight,
-        num_pixels,
+        start,
+        dx,
         *size,
-        places,
-        offset.shape[3],
-        groups,
-        *_rules(kernel_size, stride, padding, dilation),
-        mask is not None,
-        block_r,
-    )
-    ordered, order = pixel.sort(stable=True)
-    pixels = torch.arange(num_pixels + 1, dtype=torch.int32, device=offset.device)
-    start = torch.searchsorted(ordered, pixels, out_int32=True)
-    dx = dcolumns.new_empty(batch, *size, channels)
-    block_j, block_c = _blocks(channels // groups, 2048)
-    block_j = min(block_j, 32)
-    config = _config("deform_conv2d_gather", dx, taps, channels // groups, Config(num_warps=1, num_stages=1))
-    chunks = triton.cdiv(channels // groups, block_c)
-    _deform_conv2d_gather_kernel[(num_pixels * chunks,)](
-        dcolumns, order, weight, start, dx, channels // groups, block_j, block_c, **config.options
+        call.groups,
+        channels,
+        min(32, 1024 // block_c),
+        block_c,
+        **call.config("deform_conv2d_gather", dx, num_warps=1),
     )
     return dx

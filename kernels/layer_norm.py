@@ -25,7 +25,7 @@ from torch import Tensor
 from florence_fast.kernels.configs import Config, config_of
 from florence_fast.kernels.targets import target_of
 
-MAX_CHANNELS = 16384
+MAX_CHANNELS = 8192
 """The longest row that fits into the registers of one program."""
 
 
@@ -33,12 +33,12 @@ MAX_CHANNELS = 16384
 def place_rows(block, R, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Where block number ``block`` starts (int64), its elements from there, and which of its rows and elements exist.
 
-    (ROWS, BLOCK_C) for elements, (ROWS, 1) for rows.
+    (ROWS, BLOCK_C) for elements, (ROWS, 1) for rows. R below 2^31 comes as int32, a larger one as int64.
     """
-    first = block.to(tl.int64) * ROWS
+    first = block * ROWS
     i, c = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_C)[None, :]
     real = i < R - first
-    return first * C, i * C + c, real, real if C == BLOCK_C else real & (c < C)
+    return first.to(tl.int64) * C, i * C + c, real, real if C == BLOCK_C else real & (c < C)
 
 
 @triton.jit
@@ -52,16 +52,13 @@ def load_weight(ptr, GIVEN: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr
 
 
 @triton.jit
-def _sample_scale(scale_ptr, start, real, rows_per_sample, C: tl.constexpr, ROWS: tl.constexpr, SHORT: tl.constexpr):
+def _sample_scale(scale_ptr, block, real, rows_per_sample, ROWS: tl.constexpr, SHORT: tl.constexpr):
     """Load the factor of each row's sample, (ROWS, 1); ``SHORT`` is whether a block may hold more than two samples."""
-    first = start // C
-    i = tl.arange(0, ROWS)[:, None]
+    first = block * ROWS
     sample = first // rows_per_sample
-    row = (first - sample * rows_per_sample).to(tl.int32) + i
-    if SHORT:
-        sample += row // rows_per_sample
-    else:
-        sample += (row >= rows_per_sample).to(tl.int64)
+    row = first - sample * rows_per_sample + tl.arange(0, ROWS)[:, None]
+    # No division for every row where a block is shorter than a sample.
+    sample += row // rows_per_sample if SHORT else (row >= rows_per_sample).to(tl.int32)
     return tl.load(scale_ptr + sample, mask=real, other=0.0).to(tl.float32)
 
 
@@ -103,7 +100,7 @@ def _layer_norm_fwd_kernel(
         x = tl.load(x_ptr + start + offset, mask=here, other=0.0).to(tl.float32)
         if HAS_RESIDUAL:
             if HAS_SCALE:
-                x *= _sample_scale(scale_ptr, start, real, rows_per_sample, C, ROWS, SHORT)
+                x *= _sample_scale(scale_ptr, block, real, rows_per_sample, ROWS, SHORT)
             x += tl.load(residual_ptr + start + offset, mask=here, other=0.0).to(tl.float32)
             stored = x.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + start + offset, stored, mask=here)
@@ -162,7 +159,7 @@ def _layer_norm_bwd_kernel(
                 tl.store(dsum_ptr + start + offset, d.to(dsum_ptr.dtype.element_ty), mask=here)
             if NEEDS_X:
                 if HAS_SCALE:
-                    d *= _sample_scale(scale_ptr, start, real, rows_per_sample, C, ROWS, SHORT)
+                    d *= _sample_scale(scale_ptr, block, real, rows_per_sample, ROWS, SHORT)
                 tl.store(dx_ptr + start + offset, d.to(dx_ptr.dtype.element_ty), mask=here)
     if NEEDS_WEIGHT:
         c = tl.arange(0, BLOCK_C)
@@ -221,20 +218,20 @@ class RowCall:
 
 def layer_norm_fwd(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
     residual: Tensor | None,
     residual_scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     sum_dtype: torch.dtype,
     norm_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum, which is ``x`` itself without a residual, and its norm."""
+    """Return the norm and the sum, which is ``x`` itself without a residual."""
     x = x.contiguous()
     total = x if residual is None else torch.empty_like(x, dtype=sum_dtype)
     norm = torch.empty_like(x, dtype=norm_dtype)
     if x.numel() == 0:
-        return total, norm
+        return norm, total
     call = RowCall(x, "layer_norm_fwd", 2048, Config(num_warps=4, num_stages=1, programs_per_sm=8))
     rows_per_sample, short = call.rows_per_sample(residual_scale)
     _layer_norm_fwd_kernel[(call.programs,)](
@@ -256,15 +253,15 @@ def layer_norm_fwd(
         bias is not None,
         **call.config.options,
     )
-    return total, norm
+    return norm, total
 
 
 def layer_norm_bwd(
-    grad_sum: Tensor | None,
     grad_norm: Tensor,
+    grad_sum: Tensor | None,
     total: Tensor,
-    weight: Tensor | None,
     residual_scale: Tensor | None,
+    weight: Tensor | None,
     dsum_dtype: torch.dtype | None,
     dx_dtype: torch.dtype | None,
     needs_weight: bool,

@@ -1,7 +1,13 @@
 """The ops: check the arguments, choose the backend, run. Each op is one file, and each file looks like the next."""
 
 from florence_fast.ops._backend import OPS, Explanation, OpEntry, backend, explain
+from florence_fast.ops.boxes import box_iou, generalized_box_iou
 from florence_fast.ops.contrastive_loss import contrastive_loss, contrastive_loss_reference
+from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
+from florence_fast.ops.l2_normalize import l2_normalize, l2_normalize_reference
+from florence_fast.ops.layer_norm import layer_norm, layer_norm_reference
+from florence_fast.ops.mlp import mlp, mlp_reference
+from florence_fast.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
 from florence_fast.ops.window_attention import window_attention, window_attention_reference
 
 __all__ = [
@@ -9,9 +15,23 @@ __all__ = [
     "Explanation",
     "OpEntry",
     "backend",
+    "batched_nms",
+    "batched_nms_reference",
+    "box_iou",
     "contrastive_loss",
     "contrastive_loss_reference",
+    "deform_conv2d",
+    "deform_conv2d_reference",
     "explain",
+    "generalized_box_iou",
+    "l2_normalize",
+    "l2_normalize_reference",
+    "layer_norm",
+    "layer_norm_reference",
+    "mlp",
+    "mlp_reference",
+    "nms",
+    "nms_reference",
     "window_attention",
     "window_attention_reference",
 ]

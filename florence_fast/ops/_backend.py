@@ -176,6 +176,27 @@ def autocast_input(x: Tensor) -> Tensor:
     return x.to(autocast_dtype(x))
 
 
+def float32_autocast_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Return the dtype that ``dtype`` gets from an op on autocast's float32 list, where CUDA alone has norms."""
+    in_force = device_type == "cuda" and torch.is_autocast_enabled("cuda")
+    return torch.float32 if in_force and dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def define_pair(
+    name: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    forward_fake: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+    backward_fake: Callable[..., tuple[Tensor, ...]],
+) -> tuple[Any, Any]:
+    """Register ``florence_fast::name`` and ``florence_fast::name_backward``; whoever calls it joins them."""
+    forward_op = torch.library.custom_op(f"florence_fast::{name}", _plain(forward), mutates_args=())
+    backward_op = torch.library.custom_op(f"florence_fast::{name}_backward", _plain(backward), mutates_args=())
+    forward_op.register_fake(forward_fake)
+    backward_op.register_fake(backward_fake)
+    return forward_op, backward_op
+
+
 def define(
     name: str,
     num_tensors: int,
@@ -196,10 +217,7 @@ def define(
             ``tensors``, an empty tensor where ``needs`` is false; ``grad_out`` is contiguous.
         backward_fake: the same with shapes only.
     """
-    forward_op = torch.library.custom_op(f"florence_fast::{name}", _plain(forward), mutates_args=())
-    backward_op = torch.library.custom_op(f"florence_fast::{name}_backward", _plain(backward), mutates_args=())
-    forward_op.register_fake(forward_fake)
-    backward_op.register_fake(backward_fake)
+    forward_op, backward_op = define_pair(name, forward, forward_fake, backward, backward_fake)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         # What is kept gets no gradient, and must not cost one made of zeros.

@@ -38,6 +38,7 @@ class Samples(NamedTuple):
 
 def deform_conv2d_fwd(
     sampler: ModuleType | type,
+    dtype: torch.dtype,
     input: Tensor,
     offset: Tensor,
     mask: Tensor | None,
@@ -47,21 +48,22 @@ def deform_conv2d_fwd(
     padding: list[int],
     dilation: list[int],
 ) -> Tensor:
-    """Return the result (B, Cout, Hout, Wout)."""
+    """Return the result (B, Cout, Hout, Wout); samples and products are computed in ``dtype``."""
     geometry = (list(weight.shape[2:]), stride, padding, dilation)
-    matrix, groups = _matrix(weight, input.shape[1]), input.shape[1] // weight.shape[1]
+    matrix, groups = _matrix(weight.to(dtype), input.shape[1]), input.shape[1] // weight.shape[1]
     out = input.new_empty(len(input), len(weight), *offset.shape[2:])
-    for images in _slices(input, offset, weight):
-        columns = sampler.sample(_channels_last(input[images]), *_taps(offset, mask, images), *geometry)
-        product = matrix.to(columns.dtype) @ _by_group(columns, groups).mT
+    for images in _slices(input, offset, weight, dtype):
+        columns = sampler.sample(_channels_last(input[images], dtype), *_taps(offset, mask, images), *geometry)
+        product = matrix @ _by_group(columns, groups).mT
         if bias is not None:
-            product += bias.view(groups, -1, 1).to(product.dtype)
+            product += bias.view(groups, -1, 1)
         out[images] = product.view_as(out[images])
     return out
 
 
 def deform_conv2d_bwd(
     sampler: ModuleType | type,
+    dtype: torch.dtype,
     grad_out: Tensor,
     input: Tensor,
     offset: Tensor,
@@ -76,19 +78,18 @@ def deform_conv2d_bwd(
     """Return the gradients of input, offset, mask, weight and bias, None where ``needs`` is false."""
     needs_input, needs_offset, needs_mask, needs_weight, needs_bias = needs
     geometry = (list(weight.shape[2:]), stride, padding, dilation)
-    matrix, groups = _matrix(weight, input.shape[1]), input.shape[1] // weight.shape[1]
+    matrix, groups = _matrix(weight.to(dtype), input.shape[1]), input.shape[1] // weight.shape[1]
     dinput, doffset, dmask = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
         for x, need in ((input, needs_input), (offset, needs_offset), (mask, needs_mask))
     )
     wide = torch.promote_types(input.dtype, torch.float32)
     dmatrix = torch.zeros_like(matrix, dtype=wide)
-    for images in _slices(input, offset, weight) if any(needs[:4]) else ():
-        x, taps = _channels_last(input[images]), _taps(offset, mask, images)
-        grad, columns = grad_out[images].flatten(2).unflatten(1, (groups, -1)), None
+    for images in _slices(input, offset, weight, dtype) if any(needs[:4]) else ():
+        x, taps = _channels_last(input[images], dtype), _taps(offset, mask, images)
+        grad = grad_out[images].to(dtype).flatten(2).unflatten(1, (groups, -1))
         if needs_input or needs_offset or needs_mask:
-            dcolumns = sampler.dtype_of(x)
-            dcolumns = _to_columns(grad.to(dcolumns).mT @ matrix.to(dcolumns), geometry[0])
+            dcolumns = _to_columns(grad.mT @ matrix, geometry[0])
         if needs_offset or needs_mask:
             columns, *grads = sampler.sample_gradients(dcolumns, x, *taps, *geometry, needs_weight)
             for whole, part in zip((doffset, dmask), grads, strict=True):
@@ -98,24 +99,24 @@ def deform_conv2d_bwd(
             columns = sampler.sample(x, *taps, *geometry)
         if needs_weight:
             by_group = _by_group(columns, groups).transpose(0, 1).flatten(1, 2)
-            dmatrix += grad.to(columns.dtype).permute(1, 2, 0, 3).flatten(2) @ by_group
+            dmatrix += grad.permute(1, 2, 0, 3).flatten(2) @ by_group
         if needs_input:
             dinput[images] = sampler.input_gradient(dcolumns, input.shape[2:], *taps, *geometry).permute(0, 3, 1, 2)
     dbias = grad_out.sum((0, 2, 3), dtype=wide).to(bias.dtype) if needs_bias else None
     return dinput, doffset, dmask, _from_matrix(dmatrix, weight) if needs_weight else None, dbias
 
 
-def _slices(input: Tensor, offset: Tensor, weight: Tensor) -> Iterator[slice]:
+def _slices(input: Tensor, offset: Tensor, weight: Tensor, dtype: torch.dtype) -> Iterator[slice]:
     """Walk over the batch: which images to work on at a time."""
     taps, places = weight.shape[2] * weight.shape[3], offset.shape[2] * offset.shape[3]
-    limit = COLUMN_BYTES.get(input.device.type, COLUMN_BYTES["cuda"])
-    step = max(1, limit // max(1, places * taps * input.shape[1] * input.element_size()))
+    limit = COLUMN_BYTES["cpu" if input.device.type == "cpu" else "cuda"]
+    step = max(1, limit // (places * taps * input.shape[1] * dtype.itemsize))
     for start in range(0, len(input), step):
         yield slice(start, min(start + step, len(input)))
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
+def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _taps(offset: Tensor, mask: Tensor | None, images: slice) -> tuple[Tensor, Tensor | None]:
@@ -149,12 +150,7 @@ def _to_columns(by_group: Tensor, kernel_size: list[int]) -> Tensor:
 
 
 class LibrarySampler:
-    """Samples by calls of the library; half precision is sampled and multiplied in float32."""
-
-    @staticmethod
-    def dtype_of(x: Tensor) -> torch.dtype:
-        """Return the dtype of the columns."""
-        return torch.promote_types(x.dtype, torch.float32)
+    """Samples by calls of the library, in float32 or float64."""
 
     @staticmethod
     def sample(x: Tensor, offset: Tensor, mask: Tensor | None, *geometry: list[int]) -> Tensor:
@@ -205,7 +201,7 @@ class LibrarySampler:
 def _table(x: Tensor, offset: Tensor, kernel_size: Sequence[int]) -> Tensor:
     """Return the pixels (B H W G, C/G) as rows, and a row of zeros for what is off the map."""
     groups = offset.shape[1] // (2 * kernel_size[0] * kernel_size[1])
-    return F.pad(x.reshape(-1, x.shape[-1] // groups), (0, 0, 0, 1)).to(LibrarySampler.dtype_of(x))
+    return F.pad(x.reshape(-1, x.shape[-1] // groups), (0, 0, 0, 1))
 
 
 def _columns(samples: Samples, table: Tensor, x: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -226,7 +222,7 @@ def _locate(
 ) -> Samples:
     """Say where the samples lie, numbered (B, P, K, G), on a map (B, H, W, ...)."""
     batch, height, width = x.shape[:3]
-    taps, dtype = kernel_size[0] * kernel_size[1], torch.promote_types(x.dtype, torch.float32)
+    taps, dtype = kernel_size[0] * kernel_size[1], x.dtype
     moved = offset.reshape(batch, -1, taps, 2, offset.shape[2] * offset.shape[3]).permute(0, 4, 2, 1, 3).to(dtype)
     groups, parts = moved.shape[3], []
     for axis, size in enumerate((height, width)):
@@ -235,10 +231,10 @@ def _locate(
         grid = place[:, None] + tap
         grid = grid[:, None, :, None] if axis == 0 else grid[None, :, None, :]
         grid = grid.expand(*offset.shape[2:], *kernel_size).reshape(-1, taps, 1)
-        position = (moved[..., axis] + grid).clamp(-1, size).flatten()
+        position = (moved[..., axis] + grid).clamp(-2, size).flatten()
         whole = position.floor()
         # NaN has no whole part; it stays in the fraction, and so in the result.
-        parts.append((whole.nan_to_num(-1).long(), position - whole))
+        parts.append((whole.nan_to_num(-2).long(), position - whole))
     (y, fy), (x0, fx) = parts
     image = torch.arange(batch, device=x.device).repeat_interleave(len(y) // max(batch, 1))
     group = torch.arange(groups, device=x.device).repeat(len(y) // groups)

@@ -49,9 +49,10 @@ class Subject:
 
 def subjects() -> dict[str, Subject]:
     """Return what is verified, by the name of the op."""
-    from florence_fast.verify import contrastive_loss, window_attention
+    from florence_fast.verify import contrastive_loss, deform_conv2d, rows, window_attention
 
-    return {subject.op: subject for subject in (window_attention.SUBJECT, contrastive_loss.SUBJECT)}
+    known = (window_attention.SUBJECT, contrastive_loss.SUBJECT, deform_conv2d.SUBJECT, *rows.SUBJECTS)
+    return {subject.op: subject for subject in known}
 
 
 def generator(device: str, seed: int) -> torch.Generator:
