@@ -186,7 +186,7 @@ def tail(log: Path) -> list[str]:
 
 def stages() -> list[Stage]:
     """Return the stages in the order in which they run."""
-    from bench.ops import window_attention
+    from bench.ops import contrastive_loss, layer_norm, window_attention
 
     return [
         Stage("environment", "versions, clocks, copy bandwidth and matrix rate", environment, once=False, always=True),
@@ -198,5 +198,9 @@ def stages() -> list[Stage]:
             measure(window_attention),
             once=False,
         ),
+        Stage(
+            "contrastive_loss", "the loss beside the one that writes all logits", measure(contrastive_loss), once=False
+        ),
+        Stage("layer_norm", "layer norm on the maps of the models", measure(layer_norm), once=False),
         Stage("demo", "pretraining of florence_nano on CUDA", demo),
     ]

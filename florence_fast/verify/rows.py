@@ -30,7 +30,9 @@ def _inputs(make: Callable[[Draw], dict[str, Tensor]], out: tuple[int, ...], wid
     return draw
 
 
-def _layer_norm(rows: int, channels: int) -> Callable[..., Inputs]:
+def draw_layer_norm(rows: int, channels: int) -> Callable[..., Inputs]:
+    """Return ``make(dtype, device, seed)`` for rows whose mean is not zero."""
+
     def make(normal: Draw) -> dict[str, Tensor]:
         return {"x": 1 + 2 * normal(rows, channels), "weight": 1 + normal(channels) / 4, "bias": normal(channels)}
 
@@ -77,7 +79,7 @@ def _subject(op: str, setup: Callable[[int, int], Callable[..., Inputs]], plain:
 
 
 SUBJECTS = (
-    _subject("layer_norm", _layer_norm, plain_layer_norm),
+    _subject("layer_norm", draw_layer_norm, plain_layer_norm),
     _subject("l2_normalize", _l2_normalize, plain_l2_normalize),
     _subject("mlp", _mlp, plain_mlp),
 )
