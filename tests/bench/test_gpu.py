@@ -11,12 +11,13 @@ import torch
 
 from bench import gpu, harness, machine, predicted, self_test, stages
 from bench.competitors import library
-from bench.ops import window_attention
+from bench.ops import contrastive_loss, layer_norm, window_attention
 from bench.session import Missing, OutOfTime, Plan, Session
 from bench.store import Store
 from florence_fast.verify import timing
 from florence_fast.verify.window_attention import SUBJECT, Shape, eager
 
+OPS = (window_attention, contrastive_loss, layer_norm)
 TINY = {"tiny": Shape(1, 4, 5, 1, window=3, shift=1, head_dim=16)}
 EAGER = library(SUBJECT.rivals["eager"])
 
@@ -65,7 +66,7 @@ def test_the_rehearsal_passes_and_runs_every_stage(rehearsed):
         "environment": "done",
         "correctness": "done",
         "self_test": "done",
-        "window_attention": "done",
+        **{op.OP: "done" for op in OPS},
         "demo": "skipped",
     }
 
@@ -77,13 +78,14 @@ def test_every_row_has_every_key_and_every_competitor_a_row(rehearsed):
     wanted |= {"median", "q20", "q80", "peak_bytes", "bytes_moved", "flops", "copy_ratio", "predicted_clocks"}
     wanted |= {"measured_clocks", "status", "reason", "errors", "sources", "copy_bytes_per_second"}
     assert wanted <= set(rows[0])
-    found = {(row["shape"], row["mode"], row["competitor"]) for row in rows}
-    assert found == {
-        (shape, mode, competitor)
-        for shape in window_attention.REHEARSAL
+    found = [(row["stage"], row["shape"], row["mode"], row["competitor"]) for row in rows]
+    assert sorted(found) == sorted(
+        (op.OP, shape, mode, competitor)
+        for op in OPS
+        for shape in op.REHEARSAL
         for mode in timing.MODES
-        for competitor in window_attention.COMPETITORS
-    }
+        for competitor in op.COMPETITORS
+    )
 
 
 def test_a_row_has_a_time_or_the_reason_for_none(rehearsed):
@@ -198,9 +200,8 @@ def test_without_a_gpu_one_sentence_says_what_would_run(monkeypatch, capsys, tmp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main(["--out", str(tmp_path / "none")]) == 0
     shown = capsys.readouterr().out
-    assert (
-        shown.count("\n") == 1 and shown.startswith("No GPU that PyTorch can use") and "window_attention, demo" in shown
-    )
+    assert shown.count("\n") == 1 and shown.startswith("No GPU that PyTorch can use")
+    assert all(op.OP in shown for op in OPS)
     assert not (tmp_path / "none").exists()
 
 
