@@ -3,11 +3,13 @@
 from florence_fast.ops._backend import OPS, Explanation, OpEntry, backend, explain
 from florence_fast.ops.boxes import box_iou, generalized_box_iou
 from florence_fast.ops.contrastive_loss import contrastive_loss, contrastive_loss_reference
+from florence_fast.ops.conv_embed import conv_embed, conv_embed_reference
 from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
 from florence_fast.ops.l2_normalize import l2_normalize, l2_normalize_reference
 from florence_fast.ops.layer_norm import layer_norm, layer_norm_reference
 from florence_fast.ops.mlp import mlp, mlp_reference
 from florence_fast.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
+from florence_fast.ops.patch_merging import patch_merging, patch_merging_reference
 from florence_fast.ops.window_attention import window_attention, window_attention_reference
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "box_iou",
     "contrastive_loss",
     "contrastive_loss_reference",
+    "conv_embed",
+    "conv_embed_reference",
     "deform_conv2d",
     "deform_conv2d_reference",
     "explain",
@@ -32,6 +36,8 @@ __all__ = [
     "mlp_reference",
     "nms",
     "nms_reference",
+    "patch_merging",
+    "patch_merging_reference",
     "window_attention",
     "window_attention_reference",
 ]

@@ -49,9 +49,10 @@ class Subject:
 
 def subjects() -> dict[str, Subject]:
     """Return what is verified, by the name of the op."""
-    from florence_fast.verify import contrastive_loss, deform_conv2d, rows, window_attention
+    from florence_fast.verify import contrastive_loss, deform_conv2d, merging, rows, window_attention
 
-    known = (window_attention.SUBJECT, contrastive_loss.SUBJECT, deform_conv2d.SUBJECT, *rows.SUBJECTS)
+    known = (window_attention.SUBJECT, contrastive_loss.SUBJECT, deform_conv2d.SUBJECT)
+    known += (*rows.SUBJECTS, *merging.SUBJECTS)
     return {subject.op: subject for subject in known}
 
 

@@ -1,0 +1,191 @@
+"""Swin's patch merging: four neighbouring tokens side by side, normalised together, reduced to twice the width.
+
+It stands between the stages of Swin (arXiv 2103.14030, section 3.1), and, along height and width alone, of Video Swin
+(2106.13230, section 3.1).
+
+Letters: B batch · T frames · H W map height and width · C channels · M merged tokens of the whole batch.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from florence_fast.ops import _backend, _patch_merging_torch
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CHANNELS_STEP = 16
+MAX_TRITON_CHANNELS = 2048
+
+
+def patch_merging(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Merge the tokens of a map two by two, along height and width.
+
+    ``LN([x00, x10, x01, x11]) weight^T``, where xij lies i rows below and j columns to the right of the first of the
+    four (2103.14030, section 3.1). The order is that of Microsoft's code, and of its checkpoints.
+
+    Args:
+        x: (B, H, W, C) or (B, T, H, W, C), floating.
+        norm_weight: (4*C,), usually float32, which autocast does not change.
+        norm_bias: (4*C,), the same.
+        weight: (2*C, 4*C).
+        eps: added to the variance.
+
+    Returns:
+        (B, ceil(H/2), ceil(W/2), 2*C), or the same behind B and T, in the dtype of ``x``; under autocast in
+        autocast's, unless it is float64.
+
+    Raises:
+        TypeError: an argument is no tensor, or a tensor is not floating.
+        ValueError: a shape or a device is wrong.
+        RuntimeError: the backend that was forced cannot run these inputs; the message says why.
+
+    A map of odd height or width is completed by zeros at its end, which take part in the norm. An empty batch gives an
+    empty result. Only the "reference" backend can be differentiated twice.
+
+    >>> x, weight = torch.randn(2, 7, 7, 96), torch.randn(192, 384)
+    >>> patch_merging(x, torch.ones(384), torch.zeros(384), weight).shape
+    torch.Size([2, 4, 4, 192])
+    """
+    tensors = (x, norm_weight, norm_bias, weight)
+    _check_patch_merging(*tensors, eps)
+    backend = _backend.choose("patch_merging", *tensors, eps=eps)
+    x = _backend.autocast_input(x)
+    if backend == "reference":
+        return patch_merging_reference(x, norm_weight, norm_bias, weight, eps=eps)
+    maps = x.flatten(0, 1) if x.ndim == 5 else x
+    out = _patch_merging(maps, norm_weight, norm_bias, weight, eps, backend)[0]
+    return out.unflatten(0, x.shape[:2]) if x.ndim == 5 else out
+
+
+def _check_patch_merging(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float) -> None:
+    """Raise what is wrong with the arguments."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.ndim not in (4, 5):
+        raise ValueError(f"x must have shape (B, H, W, C) or (B, T, H, W, C), got {tuple(x.shape)}")
+    if any(side == 0 for side in x.shape[1:]):
+        raise ValueError(f"x must have a map of at least one token and one channel, got shape {tuple(x.shape)}")
+    if not isinstance(eps, (int, float)) or not eps >= 0:
+        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
+    channels = x.shape[-1]
+    _check_tensor("x", x, None, x.device)
+    _check_tensor("norm_weight", norm_weight, (4 * channels,), x.device)
+    _check_tensor("norm_bias", norm_bias, (4 * channels,), x.device)
+    _check_tensor("weight", weight, (2 * channels, 4 * channels), x.device)
+
+
+def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...] | None, device: torch.device) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    if shape is not None and tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on the device of x, {device}, got {x.device}")
+
+
+def patch_merging_reference(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *, eps: float = 1e-5
+) -> Tensor:
+    """Define ``patch_merging`` in plain PyTorch: the same arguments and result, computed in at least float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with _backend.without_autocast(x.device.type):
+        full = F.pad(x.to(dtype), (0, 0, 0, x.shape[-2] % 2, 0, x.shape[-3] % 2))
+        order = ((0, 0), (1, 0), (0, 1), (1, 1))
+        rows = torch.cat([full[..., dy::2, dx::2, :] for dy, dx in order], -1)
+        centred = rows - rows.mean(-1, keepdim=True)
+        norm = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        return ((norm * norm_weight.to(dtype) + norm_bias.to(dtype)) @ weight.to(dtype).T).to(x.dtype)
+
+
+def unsupported_reasons(
+    backend: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, **_: Any
+) -> list[str]:
+    """Say why ``backend`` cannot run ``patch_merging`` on these arguments; an empty list means that it can."""
+    if backend == "triton":
+        return _triton_reasons(x, norm_weight, norm_bias, weight)
+    if backend == "cpp":
+        return ["no native kernel for patch_merging in this version"]
+    return []
+
+
+def _triton_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
+    reasons = _backend.triton_reasons(x)
+    channels, dtype = x.shape[-1], _backend.autocast_dtype(x)
+    if channels % CHANNELS_STEP or channels > MAX_TRITON_CHANNELS:
+        reasons.append(
+            f"C must be a multiple of {CHANNELS_STEP} and at most {MAX_TRITON_CHANNELS} for the kernels, got {channels}"
+        )
+    unknown = sorted({str(t) for t in (dtype, *(p.dtype for p in parameters)) if t not in TRITON_DTYPES})
+    if unknown:
+        reasons.append(f"tensors must be float16, bfloat16 or float32, got {', '.join(unknown)}")
+    if dtype == torch.bfloat16 and _backend.interpreting():
+        reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
+    return reasons
+
+
+# Nothing is kept for the backward: it walks through whole rows of x in any case, so that their mean and rstd cost
+# arithmetic that memory hides, where keeping them would cost 8 bytes a row. The second result is empty.
+def _forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    tensors = (x, norm_weight, norm_bias, weight)
+    if backend == "triton":
+        from florence_fast.kernels import patch_merging as kernels
+
+        out = kernels.patch_merging_fwd(*tensors, eps, _allows_tf32(x))
+    else:
+        out = _patch_merging_torch.patch_merging_fwd(*tensors, eps)
+    return out, x.new_empty(0)
+
+
+def _forward_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    batch, height, width, channels = x.shape
+    return x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, 2 * channels), x.new_empty(0)
+
+
+def _backward(
+    grad_out: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    kept: Tensor,
+    needs: list[bool],
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = (x, norm_weight, norm_bias, weight)
+    if backend == "triton":
+        from florence_fast.kernels import patch_merging as kernels
+
+        grads = kernels.patch_merging_bwd(grad_out, *tensors, needs, eps, _allows_tf32(x))
+    else:
+        grads = _patch_merging_torch.patch_merging_bwd(grad_out, *tensors, needs, eps)
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors, needs = args[:4], args[5]
+    return tuple(
+        x.new_empty(x.shape) if need else grad_out.new_empty(0) for x, need in zip(tensors, needs, strict=True)
+    )
+
+
+def _allows_tf32(x: Tensor) -> bool:
+    """Say whether the user lets float32 products round their factors to TF32, as torch's own would."""
+    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+
+
+def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    x = torch.randn(2, 7, 7, 32, device=device)
+    norm_weight, norm_bias = torch.randn(2, 128, device=device)
+    return (x, norm_weight, norm_bias, torch.randn(64, 128, device=device)), {}
+
+
+_patch_merging = _backend.define("patch_merging", 4, _forward, _forward_fake, _backward, _backward_fake)
+_backend.register_entry(
+    _backend.OpEntry("patch_merging", patch_merging, patch_merging_reference, unsupported_reasons, _example)
+)
