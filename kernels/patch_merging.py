@@ -13,7 +13,7 @@ too, for the same reason; 16 bits would round the difference.
 The kernels number the 4C elements of a row as they lie in memory, (dy, dx, C), two runs of 2C each; Swin's order is
 (dx, dy, C), and G, which is written anew in every call, is where the two meet.
 
-Bytes of a row: forward 12 C s (4C in, 2C out), with 8 C^2 s of G, which stays in the L2 cache. The backward works on
+Bytes of a row: forward 6 C s (4C in, 2C out), with 8 C^2 s of G, which stays in the L2 cache. The backward works on
 chunks of rows, two scratches of 4C a row and SCRATCH_BYTES together, which are meant to stay there as well: a kernel
 gathers and normalises, the library multiplies, a kernel takes the gradient through the norm and scatters it. All sums
 are float32 and in a fixed order.

@@ -4,7 +4,8 @@ A program owns one head and a run of windows. It reads q, k and v of a window wh
 writes the result where the next linear reads it: no roll, no partition, no mask and no scores are ever in memory.
 The bias, expanded to N x N and divided by the scale, stays in registers for the whole run as the accumulator that
 q k^T starts from, and so does the sum of its gradient. The backward computes the probabilities anew: nothing is kept.
-This is the form for N <= 64; ``window_attention_tall`` has the one for more tokens.
+This is the form for N <= 64; ``window_attention_tall`` has the one for up to 144 tokens, ``window_attention_long`` the
+one for windows in 3-D, for more tokens and for cosine attention.
 
 Bytes of a window and head, at 2 bytes an element: forward 8 N d (q, k, v in, out), backward 14 N d (q, k, v, dout in;
 dq, dk, dv out). Statistics are float32; results have the dtype of ``qkv``.
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from florence_fast.kernels.configs import Config
 from florence_fast.kernels.rel_pos_bias import BiasForm, fold_bias_grad, place_bias_grad
+from florence_fast.kernels.window_attention_long import long_forward
+from florence_fast.kernels.window_attention_long_bwd import long_backward
 from florence_fast.kernels.window_attention_tall import tall_forward
 from florence_fast.kernels.window_attention_tall_bwd import tall_backward
 from florence_fast.kernels.window_call import WindowCall, window_call
@@ -299,20 +302,23 @@ def window_attention_fwd(
     cyclic: Sequence[bool],
     train: bool,
     tf32: bool = False,
+    logit_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the result (B, H, W, C) and what the backward needs beside the inputs.
+    """Return the result and what the backward needs beside the inputs.
 
-    That is nothing for a window of up to 64 tokens, else the log-sum-exp of each row, in base 2, (B*M, h, N).
+    That is nothing for a window of up to 64 tokens in 2-D without cosines, else the log-sum-exp of each row, in base
+    2, (B*M, h, N).
     """
-    arguments = (window_size, num_heads, shift_size, scale, pad_mode, cyclic, tf32)
+    arguments = (window_size, num_heads, shift_size, scale, pad_mode, cyclic, tf32, logit_scale)
     call = window_call(qkv, rel_pos_bias_table, bias, qkv_bias, *arguments)
     out = call.qkv.new_empty(*qkv.shape[:-1], num_heads * call.head_dim)
-    keeps = train and window_size[0] * window_size[1] > 64
+    # What was asked for decides, and not the map: a compiled function holds for every map.
+    keeps = train and (call.full[0] > 1 or logit_scale is not None or math.prod(call.full) > 64)
     kept = call.partial(*((call.windows, num_heads, call.tokens) if keeps else (0,)))
     if out.numel() == 0:
         return out, kept
-    if call.tokens > 64:
-        tall_forward(call, out, kept if keeps else None)
+    if call.is_long or call.tokens > 64:
+        (long_forward if call.is_long else tall_forward)(call, out, kept if keeps else None)
         return out, kept
     form, config = _form(call), _config(call, "window_attention_fwd", backward=False)
     _window_attention_fwd_kernel[(num_heads * call.runs(config, num_heads),)](
@@ -346,16 +352,21 @@ def window_attention_bwd(
     cyclic: Sequence[bool],
     tf32: bool = False,
     safe_dots: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of qkv, table, bias and qkv_bias, None where ``needs`` is false.
+    logit_scale: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of qkv, table, bias, qkv_bias and logit_scale, None where ``needs`` is false.
 
     ``safe_dots`` avoids products whose left side is a transposed product.
     """
-    needs_qkv, needs_table, needs_bias, needs_qkv_bias = needs
-    arguments = (window_size, num_heads, shift_size, scale, pad_mode, cyclic, tf32)
+    needs_qkv, needs_table, needs_bias, needs_qkv_bias, *needs_logit_scale = needs
+    arguments = (window_size, num_heads, shift_size, scale, pad_mode, cyclic, tf32, logit_scale)
     call = window_call(qkv, rel_pos_bias_table, bias, qkv_bias, *arguments)
-    backward = tall_backward if call.tokens > 64 else _backward
-    dqkv, dbias_partial, dfill_partial = backward(call, grad_out, kept, needs_table or needs_bias, safe_dots)
+    dlogit_scale = None
+    if call.is_long:
+        dqkv, dbias_partial, dfill_partial, dlogit_scale = long_backward(call, grad_out, kept, needs)
+    else:
+        backward = tall_backward if call.tokens > 64 else _backward
+        dqkv, dbias_partial, dfill_partial = backward(call, grad_out, kept, needs_table or needs_bias, safe_dots)
     dqkv_bias = None
     if needs_qkv_bias:
         dqkv_bias = dfill_partial.sum(0).to(qkv_bias.dtype) if call.fills else torch.zeros_like(qkv_bias)
@@ -364,6 +375,7 @@ def window_attention_bwd(
         fold_bias_grad(dbias_partial, rel_pos_bias_table, call.full, call.window) if needs_table else None,
         place_bias_grad(dbias_partial, bias, call.full, call.window) if needs_bias else None,
         dqkv_bias,
+        dlogit_scale if any(needs_logit_scale) else None,
     )
 
 

@@ -41,7 +41,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _log2(x, APPROXIMATE: tl.constexpr):
+def fast_log2(x, APPROXIMATE: tl.constexpr):
     """Base-2 logarithm: one instruction, right to 2^-22, or the compiler's own, which takes twenty."""
     if APPROXIMATE:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
@@ -54,7 +54,7 @@ def bias_tile(
     ptr,
     first_row,
     ROWS: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     FRAGMENTS: tl.constexpr,
@@ -130,7 +130,7 @@ def _forward_rows(
     out *= (1.0 / total)[:, None]
     store_tokens(out_ptr, place[:, None] * C + d[None, :], out, real, WHOLE)
     if KEEP_LSE:
-        lse = top + _log2(total, FAST_LOG2)
+        lse = top + fast_log2(total, FAST_LOG2)
         if WHOLE:
             tl.store(lse_ptr + row, lse)
         else:

@@ -6,11 +6,20 @@ first one. The others are *edge* windows, to the right of the inner ones and bel
 row, image by image; a program walks through a run of numbers and carries the window's position as counters, for a
 division of integers costs as much as dozens of other instructions.
 
-Letters: B batch · H W map height and width · N tokens in one window · wy wx position of a window in the grid.
+The kernels for windows in 3-D, whose tokens come in parts, read the same from a list that ``list_windows`` writes once
+a call: one number a token of the padded map, whatever the batch and the channels are.
+
+Letters: B batch · T frames · H W map height and width · M windows of one map · N tokens in one window · wt wy wx
+position of a window in the grid.
 """
 
+import math
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from florence_fast.kernels.rel_pos_bias import MASKED
 
@@ -165,3 +174,80 @@ def hide_other_regions(rows, columns, scores, PRECISION: tl.constexpr):
     seen = tl.where(rows[:, None] == slot[None, :], 1.0, 0.0)
     hidden = tl.where(columns[:, None] == slot[None, :], 0.0, _MASKED)
     return tl.dot(seen, tl.trans(hidden), scores, input_precision=PRECISION)
+
+
+PAD, BEYOND = tl.constexpr(-1), tl.constexpr(-2)
+"""Places of a token that only completes the map, and of a number that only completes a block of them."""
+
+
+@triton.jit
+def _along(i, w, size, shift, WINDOW: tl.constexpr, CYCLIC: tl.constexpr):
+    """Coordinate on the map of tokens ``i`` of window ``w`` on one axis, whether it is real, and 1 past a seam."""
+    padded = tl.cdiv(size, WINDOW) * WINDOW
+    rolled = w * WINDOW + i
+    past = rolled >= padded - shift
+    x = rolled + shift - tl.where(past, padded, 0)
+    seam = tl.zeros_like(i) if CYCLIC else tl.where(past, 1, 0)
+    return x, x < size, seam
+
+
+@triton.jit(do_not_specialize=["T", "H", "W", "shift_t", "shift_h", "shift_w"])
+def _list_windows_kernel(
+    place_ptr,  # (M, N) int32
+    region_ptr,  # (M, N) int8
+    edge_ptr,  # (M,) int32
+    T,
+    H,
+    W,
+    shift_t,
+    shift_h,
+    shift_w,
+    WT: tl.constexpr,
+    WH: tl.constexpr,
+    WW: tl.constexpr,
+    CYCLIC_T: tl.constexpr,
+    CYCLIC_H: tl.constexpr,
+    CYCLIC_W: tl.constexpr,
+    MASK_PADS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, at least N
+):
+    N: tl.constexpr = WT * WH * WW
+    window, i = tl.program_id(0), tl.arange(0, BLOCK)
+    grid_h, grid_w = tl.cdiv(H, WH), tl.cdiv(W, WW)
+    row = window // grid_w
+    t, real_t, past_t = _along(i // (WH * WW), row // grid_h, T, shift_t, WT, CYCLIC_T)
+    y, real_h, past_h = _along(i // WW % WH, row % grid_h, H, shift_h, WH, CYCLIC_H)
+    x, real_w, past_w = _along(i % WW, window % grid_w, W, shift_w, WW, CYCLIC_W)
+    real = real_t & real_h & real_w
+    region = past_t + 2 * past_h + 4 * past_w
+    if MASK_PADS:
+        region = tl.where(real, region, 8)
+    valid = i < N
+    # A window without its first region whole: its greatest region differs from its least, or it holds a pad.
+    greatest = tl.max(tl.where(valid, region, 0), 0)
+    least = tl.min(tl.where(valid, region, 8), 0)
+    pads = tl.max(tl.where(valid & ~real, 1, 0), 0)
+    tl.store(place_ptr + window * N + i, tl.where(real, (t * H + y) * W + x, PAD), mask=valid)
+    tl.store(region_ptr + window * N + i, region.to(tl.int8), mask=valid)
+    tl.store(edge_ptr + window, tl.where((greatest != least) | (pads > 0), 1, 0))
+
+
+def list_windows(
+    size: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int],
+    cyclic: Sequence[bool],
+    mask_pads: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, for each window of a map of three axes, its tokens' places (M, N), their regions, and if it is an edge.
+
+    A place is the token's number on the map, or PAD. Tokens see each other if they are of one region.
+    """
+    count, tokens = math.prod(map(triton.cdiv, size, window)), math.prod(window)
+    place = torch.empty(count, tokens, dtype=torch.int32, device=device)
+    region = torch.empty(count, tokens, dtype=torch.int8, device=device)
+    edge = torch.empty(count, dtype=torch.int32, device=device)
+    block = triton.next_power_of_2(tokens)
+    _list_windows_kernel[(count,)](place, region, edge, *size, *shift, *window, *cyclic, mask_pads, block)
+    return place, region, edge

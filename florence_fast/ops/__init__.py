@@ -11,6 +11,10 @@ from florence_fast.ops.mlp import mlp, mlp_reference
 from florence_fast.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
 from florence_fast.ops.patch_merging import patch_merging, patch_merging_reference
 from florence_fast.ops.window_attention import window_attention, window_attention_reference
+from florence_fast.ops.window_attention_partitioned import (
+    window_attention_partitioned,
+    window_attention_partitioned_reference,
+)
 
 __all__ = [
     "OPS",
@@ -39,5 +43,7 @@ __all__ = [
     "patch_merging",
     "patch_merging_reference",
     "window_attention",
+    "window_attention_partitioned",
+    "window_attention_partitioned_reference",
     "window_attention_reference",
 ]

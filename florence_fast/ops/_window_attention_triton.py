@@ -1,11 +1,12 @@
 """The ``triton`` backend of window attention: the kernels, asked in the terms of the op.
 
-Nothing is kept for the backward but the log-sum-exp of a row where a window has more than 64 tokens: the probabilities
-cost less to compute again than to read.
+Nothing is kept for the backward but the log-sum-exp of a row, where a window is in 3-D, has more than 64 tokens or
+attends by cosines: the probabilities cost less to compute again than to read.
 
 Letters: B batch · H W map height and width · C channels · N tokens in one window · h heads · d head dim.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from florence_fast.kernels.targets import target_of
 from florence_fast.ops import _window_attention_torch
 
 HOPPER = 90
+MAX_TALL_TOKENS = 144
 
 _verdicts: dict[tuple[Any, ...], bool] = {}
 
@@ -24,12 +26,14 @@ def window_attention_fwd(
     qkv: Tensor,
     rel_pos_bias_table: Tensor | None,
     bias: Tensor | None,
-    logit_scale: None,
+    logit_scale: Tensor | None,
     qkv_bias: Tensor | None,
     *values: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the result and what is kept; ``values`` are window_size to cyclic, then train."""
-    return kernels.window_attention_fwd(qkv, rel_pos_bias_table, bias, qkv_bias, *values, tf32=_allows_tf32(qkv))
+    return kernels.window_attention_fwd(
+        qkv, rel_pos_bias_table, bias, qkv_bias, *values, tf32=_allows_tf32(qkv), logit_scale=logit_scale
+    )
 
 
 def window_attention_bwd(
@@ -37,7 +41,7 @@ def window_attention_bwd(
     qkv: Tensor,
     rel_pos_bias_table: Tensor | None,
     bias: Tensor | None,
-    logit_scale: None,
+    logit_scale: Tensor | None,
     qkv_bias: Tensor | None,
     kept: Tensor,
     needs: list[bool],
@@ -45,12 +49,21 @@ def window_attention_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of qkv, table, bias, logit_scale and qkv_bias, None where ``needs`` is false."""
     tf32 = _allows_tf32(qkv)
-    needs = [*needs[:3], needs[4]]
-    safe_dots = needs_safe_dots(qkv, tf32, *values)
-    grads = kernels.window_attention_bwd(
-        grad_out, qkv, rel_pos_bias_table, bias, qkv_bias, kept, needs, *values, tf32=tf32, safe_dots=safe_dots
+    safe_dots = logit_scale is None and needs_safe_dots(qkv, tf32, *values)
+    *grads, dqkv_bias, dlogit_scale = kernels.window_attention_bwd(
+        grad_out,
+        qkv,
+        rel_pos_bias_table,
+        bias,
+        qkv_bias,
+        kept,
+        [*needs[:3], needs[4], needs[3]],
+        *values,
+        tf32=tf32,
+        safe_dots=safe_dots,
+        logit_scale=logit_scale,
     )
-    return *grads[:3], None, grads[3]
+    return *grads, dlogit_scale, dqkv_bias
 
 
 def _allows_tf32(qkv: Tensor) -> bool:
@@ -73,14 +86,18 @@ def needs_safe_dots(
     On Hopper some versions of Triton give wrong values for ``dot(trans(x), y)`` where x is the result of a product,
     and nothing in the compiled code tells a good version from a bad one.
     """
-    if target_of(qkv.device).arch < HOPPER:
-        return False
+    size = qkv.shape[1:-1]
+    window = [min(s, w) for s, w in zip(size, window_size, strict=True)]
+    if target_of(qkv.device).arch < HOPPER or math.prod(window[:-2]) > 1 or math.prod(window) > MAX_TALL_TOKENS:
+        return False  # the kernels for 3-D and for more tokens have no such product
     if qkv.is_cuda and torch.cuda.is_current_stream_capturing():
         return True  # a graph being captured cannot be asked for values
     head_dim = qkv.shape[-1] // (3 * num_heads)
-    key = (qkv.device, qkv.dtype, tf32, *window_size, head_dim, any(shift_size))
+    shift = [0 if s <= w else x for s, w, x in zip(size, window_size, shift_size, strict=True)]
+    window, shift = window[-2:], shift[-2:]
+    key = (qkv.device, qkv.dtype, tf32, *window, head_dim, any(shift))
     if key not in _verdicts:
-        _verdicts[key] = not fast_dots_are_right(qkv.device, qkv.dtype, tf32, window_size, shift_size, head_dim)
+        _verdicts[key] = not fast_dots_are_right(qkv.device, qkv.dtype, tf32, window, shift, head_dim)
     return _verdicts[key]
 
 

@@ -35,7 +35,8 @@ PAD_MODES = ("mask", "bias")
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
-MAX_TRITON_TOKENS = 144
+MAX_TRITON_TOKENS = 784
+MAX_TRITON_SIDE = 144
 MIN_TRITON_SCALE = 2.0**-10
 
 
@@ -252,28 +253,24 @@ def _triton_reasons(
     window_size: int | Sequence[int],
     num_heads: int,
     scale: float | None = None,
-    logit_scale: Tensor | None = None,
     **_: Any,
 ) -> list[str]:
     # The window that is asked for is looked at, not the map: a compiled function must not depend on the map's size.
     reasons = _backend.triton_reasons(qkv)
-    if qkv.ndim != 4:
-        return [*reasons, "no Triton kernel for 3-D windows in this version"]
-    tokens = window_size**2 if isinstance(window_size, int) else math.prod(window_size)
+    sides = [window_size] * (qkv.ndim - 2) if isinstance(window_size, int) else window_size
+    tokens = math.prod(sides)
     if tokens > MAX_TRITON_TOKENS:
         reasons.append(f"the kernels hold at most {MAX_TRITON_TOKENS} tokens a window, got {tokens}")
+    if max(sides) > MAX_TRITON_SIDE:
+        reasons.append(f"the kernels hold windows of at most {MAX_TRITON_SIDE} tokens on an axis, got {max(sides)}")
     head_dim = qkv.shape[-1] // (3 * num_heads)
     if head_dim not in TRITON_HEAD_DIMS:
         reasons.append(f"the head dim must be one of {TRITON_HEAD_DIMS}, got {head_dim}")
     dtype = _backend.autocast_dtype(qkv)
-    if tokens > 64 and head_dim == 128 and dtype == torch.float32:
-        reasons.append("keys and values of a head dim of 128 in float32 do not fit beside each other over 64 tokens")
     if dtype not in TRITON_DTYPES:
         reasons.append(f"qkv must be float16, bfloat16 or float32, got {dtype}")
     if dtype == torch.bfloat16 and _backend.interpreting():
         reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
-    if logit_scale is not None:
-        reasons.append("no Triton kernel for cosine attention in this version")
     if scale is not None and not scale >= MIN_TRITON_SCALE:
         reasons.append(f"the kernels divide the bias by the scale, which must be at least {MIN_TRITON_SCALE}")
     return reasons
@@ -305,7 +302,8 @@ def _forward_fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     window, grid = window_and_grid(qkv.shape[1:-1], tuple(window_size))
     rows = (qkv.shape[0] * math.prod(grid), num_heads, math.prod(window))
     if backend == "triton":
-        keeps = train and keeps_log_sum_exp(window_size)
+        in_3d, by_cosines = len(window_size) == 3 and window_size[0] > 1, args[2] is not None
+        keeps = train and (in_3d or by_cosines or keeps_log_sum_exp(window_size))
         return out, qkv.new_empty(rows if keeps else 0, dtype=torch.float32)
     return out, qkv.new_empty((*rows, rows[-1]) if train else 0)
 

@@ -49,9 +49,21 @@ class Subject:
 
 def subjects() -> dict[str, Subject]:
     """Return what is verified, by the name of the op."""
-    from florence_fast.verify import contrastive_loss, deform_conv2d, merging, rows, window_attention
+    from florence_fast.verify import (
+        contrastive_loss,
+        deform_conv2d,
+        merging,
+        rows,
+        window_attention,
+        window_attention_partitioned,
+    )
 
-    known = (window_attention.SUBJECT, contrastive_loss.SUBJECT, deform_conv2d.SUBJECT)
+    known = (
+        window_attention.SUBJECT,
+        window_attention_partitioned.SUBJECT,
+        contrastive_loss.SUBJECT,
+        deform_conv2d.SUBJECT,
+    )
     known += (*rows.SUBJECTS, *merging.SUBJECTS)
     return {subject.op: subject for subject in known}
 

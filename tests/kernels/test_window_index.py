@@ -9,11 +9,13 @@ from florence_fast.kernels.window_index import (
     count_windows,
     first_token,
     grid_of,
+    list_windows,
     locate_window,
     next_window,
     place_tokens,
     span_of_run,
 )
+from florence_fast.ops._windows import blocked_pairs, cut_map, partition
 
 
 @triton.jit
@@ -92,3 +94,29 @@ def test_addresses_beyond_32_bits(batch: int, side: int, channels: int, device: 
     assert address(0, False) > 2**31
     assert inner.tolist() == [address(i, False) for i in range(16)]
     assert edge.tolist() == [address(i, True) for i in range(16)]
+
+
+LISTS = {
+    "one-window": ((1, 2, 2), (1, 2, 2), (0, 0, 0), (False, False, False), True),
+    "shifted": ((4, 4, 6), (2, 2, 3), (1, 1, 2), (False, False, False), True),
+    "shifted-on-one-axis": ((2, 4, 6), (2, 2, 3), (0, 0, 1), (False, False, False), True),
+    "ragged-masked": ((3, 5, 7), (2, 2, 3), (1, 0, 2), (False, False, False), True),
+    "ragged-filled-cyclic": ((3, 5, 7), (2, 4, 3), (1, 2, 1), (True, False, True), False),
+    "pads-in-two-windows-of-an-axis": ((1, 8, 9), (1, 7, 7), (0, 5, 6), (False, False, True), True),
+}
+
+
+@pytest.mark.parametrize(("size", "window", "shift", "cyclic", "mask_pads"), LISTS.values(), ids=LISTS.keys())
+def test_list_of_windows(size, window, shift, cyclic, mask_pads, device, poisoned_memory) -> None:
+    """Against the definition's partition of a map that holds each token's own number, from 1, and pads of 0."""
+    cut, tokens = cut_map(size, window, shift), size[0] * size[1] * size[2]
+    number = torch.arange(1, tokens + 1, device=device).view(1, *size, 1)
+    wanted = partition(number, cut, 1, 1, torch.int64).view(cut.num_windows, cut.num_tokens) - 1
+    place, region, edge = list_windows(size, cut.window, cut.shift, cyclic, mask_pads, torch.device(device))
+    assert torch.equal(place.long(), wanted)
+    blocked = blocked_pairs(cut, cyclic, mask_pads, device)
+    apart = region[:, :, None] != region[:, None, :]
+    # Whether two pads see each other is nobody's concern.
+    matters = (wanted >= 0)[:, :, None] | (wanted >= 0)[:, None, :]
+    assert not (matters & (apart if blocked is None else apart != blocked)).any()
+    assert torch.equal(edge.bool(), apart.flatten(1).any(1) | (wanted < 0).any(1))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from florence_fast import ops
+from florence_fast.kernels.targets import H200, assume
 from florence_fast.ops import _contrastive_loss_triton
 from florence_fast.ops.contrastive_loss import contrastive_statistics, contrastive_statistics_reference
 
@@ -100,6 +101,12 @@ def test_as_exact_as_plain_pytorch(case: Case, dtype: torch.dtype, device: str, 
     if dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16, not their values")
     check(case, dtype, device)
+
+
+@pytest.mark.parametrize("name", ["unicl", "clip-ragged"])
+def test_the_tiles_of_hopper(name: str) -> None:
+    with assume(H200):
+        check(CASES[name], torch.float16, "cpu")
 
 
 @given(batch=st.integers(1, 150), dim=st.integers(1, 70), names=st.none() | st.integers(1, 60))
