@@ -2,15 +2,17 @@
 
     python -m bench.budget [--check] [--full] [--case SUBSTRING] [--json PATH] [--picture DIR]
 
-Every case is compiled for sm_80 and sm_90 without a GPU, its loops over windows are read from the machine code, and
-the clocks of each unit for one window and head (``bench/sass.py``) are set beside the clocks in which memory moves
-that window's bytes: 18.5 bytes a clock and multiprocessor on an H200, 11.2 on an A100. A kernel whose busiest unit
-needs more than that cannot be as fast as memory. Masked windows are weighted by their share of the map. Two compilers
+Every case is compiled for sm_80 and sm_90 without a GPU, its loops are read from the machine code, and the clocks of
+each unit of a multiprocessor (``bench/sass.py``) for one window and head, tile of logits or row are set beside the
+clocks in which memory moves the bytes of that: 18.5 bytes a clock and multiprocessor on an H200, 11.2 on an A100. A
+kernel whose busiest unit needs more than that cannot be as fast as memory; where products are what an op is for,
+tensor cores must need at least 70% of what binds. Masked windows are weighted by their share of the map. Two compilers
 count: the installed Triton, and Triton 3.6.0 where it lies in .venv/triton-3.6.0 (``make budget`` puts it there).
 
 What this leaves out: latency, and whether enough warps are there to hide it; conflicts between banks of shared
-memory; how much of its bandwidth DRAM gives for rows of 64 bytes; the L2 cache; the clock's own changes; what runs
-once a call and not once a window. So it says what cannot be fast, and never that something is.
+memory; how much of its bandwidth DRAM gives for rows of 64 bytes; the L2 cache, which bounds products of small tiles;
+the clock's own changes; what runs once a call and not once a window, tile or row. So it says what cannot be fast, and
+never that something is.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.budget_cases import Case, select
-from bench.budget_rules import broken_rules, rows_of, title
+from bench.budget_rules import broken_rules, rows_of, tensor_share, title
 from florence_fast.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +48,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="every case and not only the quick ones")
     parser.add_argument("--case", default="", metavar="SUBSTRING", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything that was found")
-    parser.add_argument("--picture", type=Path, metavar="DIR", help="draw budget_a100.png and budget_h200.png there")
+    parser.add_argument("--picture", type=Path, metavar="DIR", help="draw budget_a100.png, budget_h200.png and others")
     parser.add_argument("--triton-36", type=Path, default=TRITON_36, metavar="DIR", help="where Triton 3.6.0 lies")
     parser.add_argument("--require-both", action="store_true", help="fail if Triton 3.6.0 is not there")
     return parser.parse_args(args)
@@ -157,13 +159,11 @@ def measured_rows(folder: Path = RESULTS) -> list[Row]:
 
 
 def measured(row: Row, results: list[Row]) -> float | None:
-    """Return the measured clocks of one window and head for the call that ``row`` is about, if there are any."""
-    for result in results:
-        sizes = result["sizes"]
-        same = (result["arch"], result["dtype"], result["mode"]) == (row["arch"], row["dtype"], row["direction"])
-        same &= (sizes["window"], sizes["head_dim"]) == (row["window"], row["head_dim"])
-        same &= (sizes["height"], sizes["heads"], bool(sizes["shift"])) == (row["size"], row["heads"], row["shifted"])
-        if same and not row["safe_dots"]:
+    """Return the measured clocks of one unit for the call that ``row`` is about, if there are any."""
+    for result in results if row["sizes"] is not None else ():
+        same = all(result[name] == row[name] for name in ("op", "arch", "dtype"))
+        same &= result["mode"] == row["direction"] and result["sizes"].items() >= row["sizes"].items()
+        if same:
             return result["measured_clocks"]
     return None
 
@@ -175,13 +175,13 @@ def show(report: dict[str, Any]) -> None:
 
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=200)
+        console = Console(markup=False, highlight=False, width=210)
     heads = ["case", "GPU", "Triton", "instr", *PIPES_SHOWN, "regs", "stack", "smem", "memory", "product", "binds"]
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
-    table.title = "instructions of a warp for an inner window; clocks of a multiprocessor for one window and head"
+    table.title = "instructions of a warp and clocks of a multiprocessor, for one window and head, tile or row"
     for head in [*heads, "of memory", "measured", ""]:
         left = head in ("case", "GPU", "Triton", "binds", "")
-        table.add_column(head, justify="left" if left else "right", no_wrap=head == "case")
+        table.add_column(head, justify="left" if left else "right", no_wrap=head in ("case", "of memory"))
     for row in sorted([*report["rows"], *report["other_rows"]], key=lambda row: (row["machine"], row["triton"])):
         table.add_row(*cells(row, report["broken"]))
     console.print(table)
@@ -193,14 +193,16 @@ PIPES_SHOWN = ("issue", "fma", "imad", "alu", "mufu", "tensor", "lsu", "shared")
 def cells(row: Row, broken: list[str]) -> list[str]:
     """Return one row of the table."""
     kernels = row["kernels"]
+    bound = row["limits"]["tensor_share"] is not None
+    share = f"tensor {tensor_share(row):.0%}" if bound else f"{row['ratio']:.0%}"
     verdict = "BROKEN" if any(line.startswith(f"{title(row)}:") for line in broken) else "holds"
     measured = "not yet" if row["measured_clocks"] is None else f"{row['measured_clocks']:,.0f}"
     return [
-        *(row["case"], row["machine"], row["triton"], f"{row['instructions']:,}"),
+        *(row["case"], row["machine"], row["triton"], f"{row['instructions']:,.0f}"),
         *(f"{row['pipes'][pipe]:,.0f}" for pipe in PIPES_SHOWN),
         *("/".join(str(kernel[name]) for kernel in kernels) for name in ("registers", "stack")),
         "/".join(f"{kernel['shared'] / 1024:.0f}K" for kernel in kernels),
-        *(f"{row['memory_floor']:,.0f}", f"{row['product_floor']:,.0f}", row["binds"], f"{row['ratio']:.0%}"),
+        *(f"{row['memory_floor']:,.0f}", f"{row['product_floor']:,.0f}", row["binds"], share),
         *(measured, verdict),
     ]
 

@@ -1,4 +1,7 @@
-"""Draw the static budget: for each GPU, the clocks of every unit as a part of the clocks that memory takes."""
+"""Draw the static budget: for each GPU, the clocks of every unit as a part of the clocks that set the floor.
+
+One picture of window attention, whose floor is memory, and one of the other ops, whose floor is memory or the products.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ COLOURS = {
     "mufu": "#b279a2",
     "tensor": "#54a24b",
     "lsu": "#e9a23b",
+    "shared": "#d88c9a",
+    "memory": "#d62728",
 }
 NAMES = {
     "issue": "instruction issue",
@@ -20,11 +25,14 @@ NAMES = {
     "mufu": "exp2",
     "tensor": "tensor cores",
     "lsu": "loads, stores, shuffles",
+    "shared": "shared memory",
+    "memory": "memory",
 }
+WINDOW_BARS = ("issue", "fma", "alu", "mufu", "tensor", "lsu")
 
 
 def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write one picture for each GPU: the bfloat16 cases at head dim 32 with a bar for each unit; return the files."""
+    """Write two pictures for each GPU: the bfloat16 cases with a bar for each unit; return the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,45 +41,66 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for machine in dict.fromkeys(row["machine"] for row in rows):
-        chosen = [row for row in rows if row["machine"] == machine and _drawn(row)]
-        if not chosen:
-            continue
-        figure, axes = plt.subplots(figsize=(9, 1.3 + 0.82 * len(chosen)), dpi=110, layout="constrained")
-        _fill(axes, chosen)
-        axes.set_title(f"Window attention on {_article(machine)} {machine}, from the machine code: one window and head")
-        path = folder / f"budget_{machine.lower()}.png"
-        with replacing(path) as beside:
-            figure.savefig(beside, format="png")
-        plt.close(figure)
-        written.append(path)
+        for prefix, wanted, bars in (("budget", _is_window, WINDOW_BARS), ("budget_ops", _is_other, tuple(COLOURS))):
+            chosen = [row for row in rows if row["machine"] == machine and wanted(row)]
+            if not chosen:
+                continue
+            figure, axes = plt.subplots(figsize=(9, 1.3 + 0.82 * len(chosen)), dpi=110, layout="constrained")
+            _fill(axes, chosen, bars)
+            subject = "Window attention" if prefix == "budget" else "The other ops"
+            units = "window and head" if prefix == "budget" else "tile or row"
+            axes.set_title(f"{subject} on {_article(machine)} {machine}, from the machine code: one {units}")
+            path = folder / f"{prefix}_{machine.lower()}.png"
+            with replacing(path) as beside:
+                figure.savefig(beside, format="png")
+            plt.close(figure)
+            written.append(path)
     return written
 
 
-def _drawn(row: dict[str, Any]) -> bool:
-    return row["dtype"] == "bf16" and row["head_dim"] == 32 and not row["safe_dots"] and not row["error"]
+def _is_window(row: dict[str, Any]) -> bool:
+    mine = row["op"] == "window_attention" and row["dtype"] == "bf16" and not row["error"]
+    return mine and row["head_dim"] == 32 and not row["safe_dots"]
+
+
+def _is_other(row: dict[str, Any]) -> bool:
+    return row["op"] != "window_attention" and shown(row) and not row["error"]
+
+
+def shown(row: dict[str, Any]) -> bool:
+    """Whether a case of another op stands in the README: one size of each form is enough there."""
+    return row["tier"] == "quick"
+
+
+def floor(row: dict[str, Any]) -> float:
+    """Return the clocks that an ideal kernel needs: memory's, or those of the products if they are more."""
+    return row["memory_floor"] if row["op"] == "window_attention" else max(row["memory_floor"], row["product_floor"])
 
 
 def _article(machine: str) -> str:
     return "an" if machine.startswith(("A", "H")) else "a"
 
 
-def _fill(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Draw the bars of all cases, the first on top, and the line that memory sets."""
-    height = 0.8 / len(COLOURS)
-    for number, (pipe, colour) in enumerate(COLOURS.items()):
-        places = [case + (number - (len(COLOURS) - 1) / 2) * height for case in range(len(rows))]
-        parts = [row["pipes"][pipe] / row["memory_floor"] for row in rows]
-        bars = axes.barh(places, parts, height * 0.92, color=colour, label=NAMES[pipe])
-        clocks = [f"{row['pipes'][pipe]:,.0f}" for row in rows]
-        labels = axes.bar_label(bars, clocks, padding=2, fontsize=6, color="#555555", zorder=4)
-        _clear(labels)
-    axes.axvline(1, color="#d62728", linewidth=1.6, label="what memory takes")
-    labels = [f"{_label(row)}\nmemory {row['memory_floor']:,.0f} clocks" for row in rows]
+def _fill(axes: Any, rows: list[dict[str, Any]], pipes: tuple[str, ...]) -> None:
+    """Draw the bars of all cases, the first on top, and the line that memory or the products set."""
+    height = 0.8 / len(pipes)
+    widest = 1.0
+    for number, pipe in enumerate(pipes):
+        places = [case + (number - (len(pipes) - 1) / 2) * height for case in range(len(rows))]
+        clocks = [row["memory_floor"] if pipe == "memory" else row["pipes"][pipe] for row in rows]
+        parts = [count / floor(row) for count, row in zip(clocks, rows, strict=True)]
+        widest = max(widest, *parts)
+        bars = axes.barh(places, parts, height * 0.92, color=COLOURS[pipe], label=NAMES[pipe])
+        numbers = [f"{count:,.0f}" if count else "" for count in clocks]
+        _clear(axes.bar_label(bars, numbers, padding=2, fontsize=6, color="#555555", zorder=4))
+    what = "memory takes" if "memory" not in pipes else "memory or the products take"
+    axes.axvline(1, color="#d62728", linewidth=1.6, label=f"what {what}")
+    labels = [f"{_label(row)}\n{_floor_name(row)} {floor(row):,.0f} clocks" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(len(rows) - 0.45, -0.55)
-    axes.set_xlim(0, max(1.12, *(row["ratio"] + 0.12 for row in rows)))
+    axes.set_xlim(0, widest + 0.12)
     axes.xaxis.set_major_formatter(lambda part, _: f"{part:.0%}")
-    axes.set_xlabel("clocks of each unit, as a part of the clocks in which memory moves the window", fontsize=8)
+    axes.set_xlabel(f"clocks of each unit, as a part of the clocks that {what}", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -81,12 +110,18 @@ def _fill(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _clear(labels: list[Any]) -> None:
-    """Keep the line of memory from crossing the numbers."""
+    """Keep the line of the floor from crossing the numbers."""
     for label in labels:
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.4})
 
 
 def _label(row: dict[str, Any]) -> str:
-    """The case in two or three words; all are of the same dtype and head dim."""
+    """The case in a few words; all are bfloat16, and windows have the same head dim."""
+    if row["op"] != "window_attention":
+        return row["case"].replace(" bf16", "")
     words = [f"{row['window']}x{row['window']}", row["direction"], *["shifted"] * row["shifted"]]
     return " ".join(words)
+
+
+def _floor_name(row: dict[str, Any]) -> str:
+    return "memory" if floor(row) == row["memory_floor"] else "products"

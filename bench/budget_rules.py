@@ -3,10 +3,12 @@
 Pure functions on the JSON of ``bench.aot``; a *row* is one case for one architecture and compiler.
 """
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bench.budget_cases import ALLOWED, CASES, Case
+from bench.budget_ops.base import Weight
 from bench.sass import PIPES, RATES
 
 Row = dict[str, Any]
@@ -43,9 +45,11 @@ def _row(case: Case, entry: Row, triton: str) -> Row:
     tensor_rate = {"fp32": rates.fp32_lanes, "tf32": rates.multiply_adds / 2}.get(case.dtype, rates.multiply_adds)
     return {
         **{"case": case.name, "arch": arch, "machine": machine.name, "triton": triton, "error": entry["error"]},
-        **{name: getattr(case, name) for name in ("window", "head_dim", "dtype", "direction", "shifted", "safe_dots")},
-        **{name: getattr(case, name) for name in ("size", "heads", "bytes", "flops", "exp2", "tier")},
-        "edge_share": share,
+        **{field.name: getattr(case, field.name) for field in fields(case) if field.name not in ("limits", "archs")},
+        **{
+            name: getattr(case, name)
+            for name in ("op", "unit", "sizes", "bytes", "accesses", "flops", "exp2", "loops", "edge_share")
+        },
         "limits": asdict(case.limits),
         "allowed": ALLOWED.get(case.name, {}),
         "kernels": kernels,
@@ -63,12 +67,13 @@ def _row(case: Case, entry: Row, triton: str) -> Row:
 
 
 def _kernel(case: Case, kernel: Row) -> Row:
-    """Sum up one kernel: what it needs for one inner and for one edge window."""
-    blocks = int(kernel["constexprs"].get("BLOCKS", 1))
-    programs = blocks if case.kernels[kernel["name"]] else 1
-    loops = [_trip(loop, blocks) for loop in kernel["loops"] if _works(loop)]
-    zero = _sum([])
-    inner, edge = (loops[0] if loops else zero), (loops[1] if len(loops) > 1 else zero)
+    """Sum up one kernel: what it needs for one inner and for one edge unit."""
+    weight, products = case.weight(kernel), case.flops > 0
+    steps = [loop for loop in kernel["loops"] if _works(loop, products)]
+    if weight is not None and weight.body:
+        steps = [{**kernel["outside"], "children": kernel["loops"]}]
+    units = [] if weight is None else [_scale(_step(loop, weight, products), weight.times) for loop in steps]
+    inner, edge = (*units, _sum([]), _sum([]))[:2]
     facts = ("name", "grid", "num_warps", "num_stages", "maxnreg", "registers", "stack", "shared", "mma_warps")
     pointers = {name for name, kind in kernel["signature"].items() if kind.startswith("*")}
     divisible = {name for name, facts in kernel["attributes"].items() if "['tt.divisibility', 16]" in facts}
@@ -78,16 +83,17 @@ def _kernel(case: Case, kernel: Row) -> Row:
         "constexprs": ", ".join(f"{name}={value}" for name, value in kernel["constexprs"].items()),
         "divisible_by_16": sorted(divisible),
         "unknown_pointers": sorted(pointers - divisible),
-        "programs_a_window": programs,
-        "window_loops": len(loops),
-        "inner": _scale(inner, programs),
-        "edge": _scale(edge, programs),
+        "weight": None if weight is None else asdict(weight),
+        "unit_loops": len(units),
+        "inner": inner,
+        "edge": edge,
     }
 
 
-def _works(loop: Row) -> bool:
-    """Say whether a loop, or one inside it, multiplies matrices: only a loop over windows or rows does."""
-    return _multiply_adds(loop) > 0 or any(_works(child) for child in loop["children"])
+def _works(loop: Row, products: bool) -> bool:
+    """Say whether a loop, or one inside it, does the work: multiplies matrices, or loads rows in an op without."""
+    own = _multiply_adds(loop) > 0 if products else _loaded(loop["opcodes"])[1] > 0
+    return own or any(_works(child, products) for child in loop["children"])
 
 
 def _multiply_adds(loop: Row) -> int:
@@ -96,29 +102,48 @@ def _multiply_adds(loop: Row) -> int:
     return loop["multiply_adds"] or (ffma if loop["opcodes"].get("FFMA", 0) >= 256 else 0)
 
 
-def _trip(loop: Row, blocks: int) -> Row:
-    """Sum up one trip: the loop over blocks of rows inside it runs ``blocks`` times, any other once."""
+def _step(loop: Row, weight: Weight, products: bool) -> Row:
+    """Sum up one trip of a loop: of the loops inside it each that works runs as often as ``weight`` says."""
     own = {name: loop[name] for name in ("instructions", "clocks", "opcodes", "calls")}
-    parts = [own | {"multiply_adds": _multiply_adds(loop)}]
-    parts += [_scale(_trip(child, 1), blocks if _works(child) else 1) for child in loop["children"]]
+    parts = [own | {"multiply_adds": _multiply_adds(loop) if products else 0}]
+    for child in loop["children"]:
+        innermost = not any(_works(grandchild, products) for grandchild in child["children"])
+        works = _works(child, products)
+        trips = (weight.inner if innermost else weight.outer) if works else 1
+        parts.append(_scale(_step(child, weight, products), trips))
+        if works and innermost:
+            parts.append(_scale(_copies(child), -min(weight.early, trips)))
     return _sum(parts)
 
 
+def _copies(loop: Row) -> Row:
+    """What the asynchronous copies of a trip move; what is left of one that copies nothing is its issue slot."""
+    opcodes = {name: count for name, count in loop["opcodes"].items() if name.startswith("LDGSTS")}
+    clocks = sum(_access_bytes(name) * count for name, count in opcodes.items()) * 32 / 128 * loop["num_warps"]
+    moved = {pipe: clocks if pipe in ("lsu", "shared") else 0.0 for pipe in PIPES}
+    return {**dict.fromkeys(_COUNTS, 0), "clocks": moved, "opcodes": opcodes}
+
+
 def _sum(parts: list[Row]) -> Row:
-    opcodes: dict[str, int] = {}
+    opcodes: dict[str, float] = {}
     for part in parts:
         for name, count in part["opcodes"].items():
             opcodes[name] = opcodes.get(name, 0) + count
-    counts = ("instructions", "multiply_adds", "calls")
     return {
-        **{name: sum(part[name] for part in parts) for name in counts},
+        **{name: sum(part[name] for part in parts) for name in _COUNTS},
         "clocks": {pipe: sum(part["clocks"][pipe] for part in parts) for pipe in PIPES},
         "opcodes": opcodes,
     }
 
 
+_COUNTS = ("instructions", "multiply_adds", "calls")
+
+
 def _scale(part: Row, factor: float) -> Row:
-    return _sum([part] * int(factor))
+    return {
+        **{name: part[name] * factor for name in _COUNTS},
+        **{name: {key: value * factor for key, value in part[name].items()} for name in ("clocks", "opcodes")},
+    }
 
 
 def broken_rules(report: dict[str, Any], strict: bool = False) -> list[str]:
@@ -139,78 +164,121 @@ def _broken(row: Row) -> list[str]:
     """Return what is wrong with one row; an error hides the rest."""
     if row["error"]:
         return [f"it does not compile: {row['error']}"]
-    wanted = set(next(case for case in CASES if case.name == row["case"]).kernels)
-    missing = wanted - {kernel["name"] for kernel in row["kernels"]}
+    wanted = Counter(next(case for case in CASES if case.name == row["case"]).kernels)
+    missing = wanted - Counter(kernel["name"] for kernel in row["kernels"])
     if missing:
         return [f"not launched: {', '.join(sorted(missing))}"]
     found = _broken_numbers(row)
     for kernel in row["kernels"]:
-        found += [f"{kernel['name']}: {text}" for text in (*_broken_code(row, kernel), *_broken_loads(row, kernel))]
+        hot = () if kernel["weight"] is None else (_broken_code, _broken_accesses)
+        found += [f"{kernel['name']}: {text}" for rule in (_broken_resources, *hot) for text in rule(row, kernel)]
     return found
 
 
 def _broken_numbers(row: Row) -> list[str]:
     """Instructions, clocks, and whether the loops that were found do the case's work."""
-    limits, found = row["limits"], []
+    limits, unit, found = row["limits"], row["unit"], []
     if limits["instructions"] is not None and row["instructions"] > limits["instructions"]:
-        found.append(f"{row['instructions']} instructions a warp and window, at most {limits['instructions']}")
+        found.append(f"{row['instructions']} instructions a warp and {unit}, at most {limits['instructions']}")
     for pipe, clocks in row["pipes"].items():
         if limits["of_memory"] is not None and clocks > row["memory_floor"] * limits["of_memory"]:
             part = f"{clocks / row['memory_floor']:.0%} of what memory takes, at most {limits['of_memory']:.0%}"
-            found.append(f"{pipe} needs {clocks:,.0f} clocks a window, {part}")
-    done = sum(kernel["inner"]["multiply_adds"] for kernel in row["kernels"]) * 2
-    # Padding to tiles of 16 x 64 multiplies in vain, at worst (64 / 49)^2 times; a loop that was unrolled, or counted
-    # as something else, is off by 2.
-    if not 1 <= done / row["flops"] < 2.5:
-        found.append(f"its loops hold {done:,.0f} FLOP a window, and the formula says {row['flops']:,}")
+            found.append(f"{pipe} needs {clocks:,.0f} clocks a {unit}, {part}")
+    if limits["tensor_share"] is not None and tensor_share(row) < limits["tensor_share"]:
+        part = f"{tensor_share(row):.0%} of what binds ({row['binds']}), at least {limits['tensor_share']:.0%}"
+        found.append(f"the tensor cores need {row['pipes']['tensor']:,.0f} clocks a {unit}, {part}")
+    # Tiles that stand out over the work do some in vain: 16 x 64 against 49 x 49 (64 / 49)^2 times. A loop that was
+    # unrolled, or counted as something else, is off by 2.
+    if row["flops"]:
+        done, wanted, what = sum(k["inner"]["multiply_adds"] for k in row["kernels"]) * 2, row["flops"], "FLOP"
+    else:
+        done, wanted, what = sum(_moved(kernel) for kernel in row["kernels"]), row["accesses"], "bytes"
+    if not 1 <= done / wanted < limits["padding"]:
+        found.append(f"its loops hold {done:,.0f} {what} a {unit}, and the formula says {wanted:,}")
     return found
 
 
-def _broken_code(row: Row, kernel: Row) -> list[str]:
-    """Stack, registers, loops, tensor instructions and layouts of one kernel."""
+def tensor_share(row: Row) -> float:
+    """Return what the tensor cores need as a part of what binds, memory included."""
+    return row["pipes"]["tensor"] / max(*row["pipes"].values(), row["memory_floor"])
+
+
+def _broken_resources(row: Row, kernel: Row) -> list[str]:
+    """Stack and registers of one kernel."""
     limits, found = row["limits"], []
     if kernel["stack"] > limits["stack"]:
         found.append(f"{kernel['stack']} bytes of stack, at most {limits['stack']}")
     if kernel["registers"] == _LAZY_PTXAS and kernel["stack"]:
         found.append(f"{_LAZY_PTXAS} registers and {kernel['stack']} bytes of stack: ptxas has given up on it")
-    if kernel["window_loops"] != 1 + row["shifted"]:
-        found.append(f"{kernel['window_loops']} loops over windows, not {1 + row['shifted']}")
-    for kind in ("inner", "edge") if row["shifted"] else ("inner",):
+    return found
+
+
+def _broken_code(row: Row, kernel: Row) -> list[str]:
+    """Loops, tensor instructions and layouts of one kernel."""
+    limits, found = row["limits"], []
+    if kernel["unit_loops"] != row["loops"]:
+        found.append(f"{kernel['unit_loops']} loops over {row['unit']}s, not {row['loops']}")
+    for kind in _kinds(row):
         opcodes = kernel[kind]["opcodes"]
         tensor = any(name.split(".")[0] in ("HMMA", "HGMMA") for name in opcodes)
-        if row["dtype"] == "fp32" and (tensor or "FFMA" not in opcodes):
+        if row["dtype"] == "fp32" and row["flops"] and (tensor or "FFMA" not in opcodes):
             found.append(f"the {kind} loop of exact float32 products must hold FFMA and no tensor instruction")
-        if row["dtype"] != "fp32" and not tensor:
+        if row["dtype"] != "fp32" and row["flops"] and not tensor:
             found.append(f"the {kind} loop holds no tensor instruction")
         if kernel[kind]["calls"]:
             found.append(f"the {kind} loop calls a subroutine, which is not counted")
-    for reduction in kernel["row_reductions"]:
+    for reduction in kernel["row_reductions"] if limits["split_rows"] is not None else ():
         if reduction["warps"][1] > 1 and reduction["tile"][0] > limits["split_rows"]:
             tile = "x".join(map(str, reduction["tile"]))
             found.append(f"rows of a {tile} tile are reduced across {reduction['warps'][1]} warps")
     return found
 
 
-def _broken_loads(row: Row, kernel: Row) -> list[str]:
-    """Width of the loads from global memory in one kernel's loops, and what the compiler knew of its pointers."""
+def _kinds(row: Row) -> tuple[str, ...]:
+    """Kinds of units whose loops the kernels of a row have."""
+    return ("inner", "edge")[: row["loops"]]
+
+
+def _broken_accesses(row: Row, kernel: Row) -> list[str]:
+    """Width of the accesses to global memory in one kernel's loops, and what the compiler knew of its pointers."""
     found = []
-    for kind in ("inner", "edge") if row["shifted"] else ("inner",):
-        wide = total = 0.0
-        for name, count in kernel[kind]["opcodes"].items():
-            if name.split(".")[0] in ("LDG", "LDGSTS", "UTMALDG"):
-                if any(part in ("U8", "S8", "U16", "S16") for part in name.split(".")):
-                    found.append(f"the {kind} loop loads by {name}")
-                size = _load_bytes(name)
-                wide, total = wide + count * size * (size == 16), total + count * size
+    for kind in _kinds(row):
+        opcodes = kernel[kind]["opcodes"]
+        for name in opcodes:
+            if name.split(".")[0] in _LOADS and _access_bytes(name) < 4:
+                found.append(f"the {kind} loop loads by {name}")
+        wide, total = _loaded(opcodes)
         if not total or wide / total < row["limits"]["wide_share"]:
             part = f"{wide / total:.0%}" if total else "none"
             found.append(f"the {kind} loop loads {part} by 16 bytes, at least {row['limits']['wide_share']:.0%}")
+        narrow = row["limits"]["store_bytes"]
+        stores = sorted(n for n in opcodes if n.split(".")[0] in _STORES and _access_bytes(n) < narrow)
+        if stores:
+            found.append(f"the {kind} loop stores by {', '.join(stores)}, at least {narrow} bytes a thread")
     if kernel["unknown_pointers"]:
         found.append(f"not known to be divisible by 16: {', '.join(kernel['unknown_pointers'])}")
     return found
 
 
-def _load_bytes(name: str) -> int:
-    """Bytes a thread of a load; the copy engine (UTMALDG) counts as wide."""
-    parts = name.split(".")
-    return 16 if "128" in parts or parts[0] == "UTMALDG" else 8 if "64" in parts else 4
+_LOADS = ("LDG", "LDGSTS", "UTMALDG")
+_STORES = ("STG",)
+
+
+def _loaded(opcodes: dict[str, float]) -> tuple[float, float]:
+    """Bytes a thread that loads of 16 bytes bring, and those that all loads bring."""
+    sizes = [(_access_bytes(name), count) for name, count in opcodes.items() if name.split(".")[0] in _LOADS]
+    return sum(size * count for size, count in sizes if size == 16), sum(size * count for size, count in sizes)
+
+
+def _moved(kernel: Row) -> float:
+    """Bytes that one unit loads from global memory and stores there, all threads together."""
+    opcodes = kernel["inner"]["opcodes"].items()
+    threads = kernel["num_warps"] * 32
+    return sum(_access_bytes(n) * count for n, count in opcodes if n.split(".")[0] in (*_LOADS, *_STORES)) * threads
+
+
+def _access_bytes(name: str) -> int:
+    """Bytes a thread of a load or store; the copy engine (UTMALDG) counts as wide."""
+    sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    found = [sizes[part] for part in name.split(".") if part in sizes]
+    return 16 if name.startswith("UTMALDG") else found[0] if found else 4

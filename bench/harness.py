@@ -204,7 +204,7 @@ class Group:
             "flops": self.op.flops(self.shape, mode),
             "copy_bytes_per_second": session.copy_rate,
             "matrix_flops_per_second": session.matrix_rate,
-            "predicted_clocks": None if None in predictions else sum(predictions),
+            "predicted_clocks": None if None in predictions else sum(predictions) or None,
             **outcome,
             **session.facts,
         }

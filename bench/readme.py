@@ -66,7 +66,7 @@ def budget_table() -> str:
     budget = load("budget.json")
     rows: dict[str, list[str]] = {}
     for row in budget["rows"]:
-        if (row["dtype"], row["head_dim"]) != ("bf16", 32):
+        if (row["dtype"], row.get("head_dim")) != ("bf16", 32):
             continue
         stack = max(kernel["stack"] for kernel in row["kernels"])
         measured = row["measured_clocks"]
@@ -92,6 +92,37 @@ def budget_table() -> str:
     )
 
 
+def budget_ops_table() -> str:
+    """What the kernels of the other ops need of a multiprocessor, beside what memory and their products take."""
+    budget = load("budget.json")
+    rows: dict[str, list[str]] = {}
+    for row in budget["rows"]:
+        # Records of before there were others name no op.
+        if row.get("op", "window_attention") == "window_attention" or row["tier"] != "quick":
+            continue
+        floors = {"memory": row["memory_floor"], "tensor": row["product_floor"]}
+        bound = max(floors, key=floors.__getitem__)
+        stack = max(kernel["stack"] for kernel in row["kernels"])
+        measured = row["measured_clocks"]
+        rows.setdefault(row["case"].replace(" bf16", ""), []).append(
+            f"{UNITS[bound]} {floors[bound]:,.0f} | {UNITS[row['busiest']]} {row['pipes'][row['busiest']]:,.0f}, "
+            f"{row['pipes'][row['busiest']] / floors[bound]:.0%} | {stack} "
+            f"| {'not yet' if measured is None else f'{measured:,.0f}'}"
+        )
+    head = [f"{machine}: {name}" for machine in ("A100", "H200") for name in OPS_COLUMNS]
+    return "\n".join(
+        [
+            "bf16; one row, one sample of deform_conv2d, or one tile of 128 x 128 logits of the contrastive loss, "
+            f"Triton {budget['triton'][0]}. What the op cannot but need stands first, the busiest unit as part of it.",
+            "",
+            "| op | " + " | ".join(head) + " |",
+            "|---|" + "---:|" * len(head),
+            *(f"| {case} | {' | '.join(cells)} |" for case, cells in rows.items()),
+        ]
+    )
+
+
+OPS_COLUMNS = ("the floor, clocks", "busiest unit, clocks", "stack, bytes", "measured, clocks")
 COLUMNS = ("instructions a warp", "memory, clocks", "busiest unit of that", "stack, bytes", "measured, clocks")
 UNITS = {
     "issue": "issue",
@@ -101,8 +132,9 @@ UNITS = {
     "tensor": "tensor",
     "lsu": "load/store",
     "shared": "shared memory",
+    "memory": "memory",
 }
-TABLES = {"demo": demo_table, "budget": budget_table}
+TABLES = {"demo": demo_table, "budget": budget_table, "budget_ops": budget_ops_table}
 
 
 def fill(text: str) -> str:

@@ -133,6 +133,18 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
     return _nest(bodies, blocks, instructions)
 
 
+def outside_loops(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """Return what no loop holds, of what can be reached: it runs once a program, both sides of a branch counted."""
+    blocks, edges = _control_flow(instructions)
+    reached = [instructions[index] for block in sorted(_reachable(0, edges)) for index in blocks[block]]
+    held, rest = set(), loops(instructions)
+    while rest:
+        loop = rest.pop()
+        held |= {instruction.address for instruction in loop.own}
+        rest.extend(loop.children)
+    return [instruction for instruction in reached if instruction.address not in held]
+
+
 def returning_calls(instructions: Sequence[Instruction]) -> set[int]:
     """Return the addresses of calls of a subroutine, whose instructions no loop holds.
 

@@ -61,7 +61,7 @@ def units(shape: Shape) -> int:
 
 def budget_cases(shape: Shape, dtype: str, mode: str) -> list[str]:
     """Return the names in the static budget whose clocks add up to ``mode``: the products of the backward are not."""
-    return [f"contrastive D={shape.dim} {dtype} forward"] if mode == "forward" else []
+    return [f"contrastive_loss D{shape.dim} {dtype} forward"] if mode == "forward" else []
 
 
 COMPETITORS = {

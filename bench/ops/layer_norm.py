@@ -50,13 +50,14 @@ def flops(shape: Shape, mode: str) -> int:
 
 
 def units(shape: Shape) -> int:
-    """Return the number of rows."""
+    """Return the number of rows: what the static budget counts its clocks for."""
     return shape.rows
 
 
 def budget_cases(shape: Shape, dtype: str, mode: str) -> list[str]:
-    """Return nothing: the static budget counts blocks of rows, whose height is the kernel's choice."""
-    return []
+    """Return the names in the static budget whose clocks add up to ``mode``."""
+    directions = ["forward", "backward"] if mode == "both" else [mode]
+    return [f"layer_norm C{shape.channels} {dtype} {direction}" for direction in directions]
 
 
 COMPETITORS = {

@@ -122,6 +122,11 @@ def test_a_call_of_a_subroutine_is_told_and_its_instructions_are_in_no_loop():
     assert sass.returning_calls(lines) == {0x10}
 
 
+def test_what_no_loop_holds_and_can_be_reached_is_outside():
+    lines = code("MOV R1, R2", "FADD R1, R1, R2", "@P0 BRA 0x10", "FMUL R1, R1, R3", "EXIT", "BRA 0x50")
+    assert [line.opcode for line in sass.outside_loops(lines)] == ["MOV", "FMUL", "EXIT"]
+
+
 def test_a_branch_without_a_target_is_refused():
     with pytest.raises(ValueError, match="must name its target, got BRA R4"):
         sass.loops(code("FADD R1, R1, R2", "BRA R4", "EXIT"))
