@@ -4,6 +4,7 @@ Everything is counted for one *unit* of the op: a window and head, a tile of log
 exponentials come from formulas, clocks from the machine code; ``weight`` says how the loops found there make a unit.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -52,7 +53,7 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(ABC):
     """One call of an op. The class of an op gives the names without a value here."""
 
     op: ClassVar[str]
@@ -71,19 +72,19 @@ class Case:
     archs: tuple[int, ...] = (80, 90)
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Unique; bench.predicted and bench/ops find the case by it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def kernels(self) -> tuple[str, ...]:
         """Kernels of the hot path, one for each launch of other code; the others of the call are not compiled."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def bytes(self) -> int:
         """What a unit moves between the GPU's memory and its multiprocessors."""
-        raise NotImplementedError
 
     @property
     def accesses(self) -> int:
@@ -105,13 +106,13 @@ class Case:
         """Sizes in bench/ops of a call that is this case's, so far as they matter; None if nothing measures it."""
         return None
 
+    @abstractmethod
     def weight(self, kernel: dict[str, Any]) -> Weight | None:
         """Return how the loops of one kernel, in JSON of ``bench.aot``, make a unit; None for a form that is not hot.
 
         Of a form that is not hot the budget wants to know its stack and nothing else.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def launch(self, empty: Callable[..., Any]) -> None:
         """Call the op's launcher on tensors of ``empty(*sizes, dtype=...)``; without a dtype they have the case's."""
-        raise NotImplementedError

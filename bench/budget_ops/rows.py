@@ -6,6 +6,7 @@ Letters: R rows · C channels.
 """
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -25,9 +26,9 @@ class RowCase(Case):
     channels: int
 
     @property
+    @abstractmethod
     def streams(self) -> int:
         """How many tensors of the size of x pass through memory."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:
