@@ -22,6 +22,9 @@ from florence_fast.errors import unknown
 BACKENDS = ("triton", "cpp", "torch", "reference")
 """In the order in which ``auto`` tries them."""
 
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What every kernel computes with."""
+
 _forced: list[str] = []
 
 
@@ -149,6 +152,11 @@ def triton_reasons(x: Tensor) -> list[str]:
     return (
         [] if major >= 8 else [f"kernels need compute capability 8.0 (A100) or newer, this device has {major}.{minor}"]
     )
+
+
+def allows_tf32(x: Tensor) -> bool:
+    """Say whether the user lets float32 products round their factors to TF32, as torch's own would."""
+    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 @torch.compiler.assume_constant_result

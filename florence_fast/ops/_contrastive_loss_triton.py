@@ -12,6 +12,7 @@ from torch import Tensor
 
 from florence_fast.kernels import contrastive_loss as kernels
 from florence_fast.kernels.targets import target_of
+from florence_fast.ops import _backend
 
 SCRATCH_BYTES = 128 << 20
 LN_2 = math.log(2)
@@ -22,7 +23,9 @@ def contrastive_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the log-sum-exp of every row (R,) and of every column (N,), and every row's mean positive logit (R,)."""
     rows, cols = rows.contiguous(), cols.contiguous()
-    row_lse, col_lse = kernels.contrastive_loss_fwd(rows, cols, scale.float(), SCRATCH_BYTES, _allows_tf32(rows))
+    row_lse, col_lse = kernels.contrastive_loss_fwd(
+        rows, cols, scale.float(), SCRATCH_BYTES, _backend.allows_tf32(rows)
+    )
     return row_lse * LN_2, col_lse * LN_2, scale.float() * _mean_positive(rows, cols, row_labels, col_labels)
 
 
@@ -64,7 +67,7 @@ def contrastive_loss_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of rows (R, D), cols (N, D) and scale (), None where ``needs`` is false."""
     groups, row_order = _Groups(row_labels, col_labels), row_labels.argsort(stable=True)
-    col_order, tf32 = groups.col_order, _allows_tf32(rows)
+    col_order, tf32 = groups.col_order, _backend.allows_tf32(rows)
     sorted_rows, sorted_cols = rows[row_order], cols[col_order]
     lse = torch.cat([row_lse, col_lse]) / LN_2
     row_lse, col_lse = lse[: len(rows)][row_order], lse[len(rows) :][col_order]
@@ -111,8 +114,3 @@ def _unsorted(x: Tensor, order: Tensor) -> Tensor:
     out = torch.empty_like(x)
     out[order] = x
     return out
-
-
-def _allows_tf32(x: Tensor) -> bool:
-    """Say whether the user lets float32 products round their factors to TF32, as torch's own would."""
-    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from florence_fast.kernels import window_attention as kernels
 from florence_fast.kernels.targets import target_of
-from florence_fast.ops import _window_attention_torch
+from florence_fast.ops import _backend, _window_attention_torch
 
 HOPPER = 90
 MAX_TALL_TOKENS = 144
@@ -32,7 +32,7 @@ def window_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return the result and what is kept; ``values`` are window_size to cyclic, then train."""
     return kernels.window_attention_fwd(
-        qkv, rel_pos_bias_table, bias, qkv_bias, *values, tf32=_allows_tf32(qkv), logit_scale=logit_scale
+        qkv, rel_pos_bias_table, bias, qkv_bias, *values, tf32=_backend.allows_tf32(qkv), logit_scale=logit_scale
     )
 
 
@@ -48,7 +48,7 @@ def window_attention_bwd(
     *values: Any,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of qkv, table, bias, logit_scale and qkv_bias, None where ``needs`` is false."""
-    tf32 = _allows_tf32(qkv)
+    tf32 = _backend.allows_tf32(qkv)
     safe_dots = logit_scale is None and needs_safe_dots(qkv, tf32, *values)
     *grads, dqkv_bias, dlogit_scale = kernels.window_attention_bwd(
         grad_out,
@@ -64,11 +64,6 @@ def window_attention_bwd(
         logit_scale=logit_scale,
     )
     return *grads, dlogit_scale, dqkv_bias
-
-
-def _allows_tf32(qkv: Tensor) -> bool:
-    """Say whether the user lets float32 products round their factors to TF32, as torch's own would."""
-    return qkv.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 def needs_safe_dots(

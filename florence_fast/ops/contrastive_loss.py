@@ -18,8 +18,6 @@ from florence_fast.ops import _backend, _contrastive_loss_torch
 REDUCTIONS = {"mean_directions": 0.5, "sum_directions": 1.0}
 """What each direction's loss is multiplied with before the two are added."""
 
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 def contrastive_loss(
     image_features: Tensor,
@@ -200,7 +198,7 @@ def unsupported_reasons(backend: str, image_features: Tensor, *args: Any, **opti
     """Say why ``backend`` cannot run ``contrastive_loss`` on these arguments; an empty list means that it can."""
     if backend == "triton":
         reasons = _backend.triton_reasons(image_features)
-        if image_features.dtype not in TRITON_DTYPES:
+        if image_features.dtype not in _backend.TRITON_DTYPES:
             reasons.append(f"features must be float16, bfloat16 or float32, got {image_features.dtype}")
         if image_features.dtype == torch.bfloat16 and _backend.interpreting():
             reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from florence_fast.ops import _backend, _deform_conv2d_torch
 
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 def deform_conv2d(
     input: Tensor,
@@ -189,7 +187,7 @@ def unsupported_reasons(
     if backend == "triton":
         reasons = _backend.triton_reasons(input)
         dtype = _backend.autocast_dtype(input)
-        if dtype not in TRITON_DTYPES:
+        if dtype not in _backend.TRITON_DTYPES:
             reasons.append(f"input must be float16, bfloat16 or float32, got {dtype}")
         if dtype == torch.bfloat16 and _backend.interpreting():
             reasons.append("Triton's interpreter cuts bfloat16 where a GPU rounds")

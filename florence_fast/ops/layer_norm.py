@@ -14,7 +14,6 @@ from torch import Tensor
 
 from florence_fast.ops import _backend, _layer_norm_torch
 
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_TRITON_CHANNELS = 8192
 
 
@@ -167,7 +166,7 @@ def triton_row_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
     if x.shape[-1] > MAX_TRITON_CHANNELS:
         reasons.append(f"the kernels hold rows of at most {MAX_TRITON_CHANNELS} elements, got {x.shape[-1]}")
     dtypes = {tensor.dtype for tensor in (x, *others) if tensor is not None}
-    unknown = sorted(str(dtype) for dtype in dtypes if dtype not in TRITON_DTYPES)
+    unknown = sorted(str(dtype) for dtype in dtypes if dtype not in _backend.TRITON_DTYPES)
     if unknown:
         reasons.append(f"tensors must be float16, bfloat16 or float32, got {', '.join(unknown)}")
     if torch.bfloat16 in dtypes and _backend.interpreting():

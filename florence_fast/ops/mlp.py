@@ -17,7 +17,6 @@ from florence_fast.errors import unknown
 from florence_fast.ops import _backend, _mlp_torch
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def mlp(
@@ -138,7 +137,7 @@ def unsupported_reasons(backend: str, x: Tensor, *tensors: Tensor | None, **_: A
 def _triton_reasons(x: Tensor) -> list[str]:
     reasons = _backend.triton_reasons(x)
     dtype = _backend.autocast_dtype(x)
-    if dtype not in TRITON_DTYPES:
+    if dtype not in _backend.TRITON_DTYPES:
         reasons.append(f"x must be float16, bfloat16 or float32, got {dtype}")
     if dtype == torch.bfloat16 and _backend.interpreting():
         reasons.append("Triton's interpreter cuts values off where they become bfloat16")

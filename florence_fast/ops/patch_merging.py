@@ -14,7 +14,6 @@ from torch import Tensor
 
 from florence_fast.ops import _backend, _patch_merging_torch
 
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CHANNELS_STEP = 16
 MAX_TRITON_CHANNELS = 2048
 
@@ -118,7 +117,7 @@ def _triton_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
         reasons.append(
             f"C must be a multiple of {CHANNELS_STEP} and at most {MAX_TRITON_CHANNELS} for the kernels, got {channels}"
         )
-    unknown = sorted({str(t) for t in (dtype, *(p.dtype for p in parameters)) if t not in TRITON_DTYPES})
+    unknown = sorted({str(t) for t in (dtype, *(p.dtype for p in parameters)) if t not in _backend.TRITON_DTYPES})
     if unknown:
         reasons.append(f"tensors must be float16, bfloat16 or float32, got {', '.join(unknown)}")
     if dtype == torch.bfloat16 and _backend.interpreting():
@@ -135,7 +134,7 @@ def _forward(
     if backend == "triton":
         from florence_fast.kernels import patch_merging as kernels
 
-        out = kernels.patch_merging_fwd(*tensors, eps, _allows_tf32(x))
+        out = kernels.patch_merging_fwd(*tensors, eps, _backend.allows_tf32(x))
     else:
         out = _patch_merging_torch.patch_merging_fwd(*tensors, eps)
     return out, x.new_empty(0)
@@ -161,7 +160,7 @@ def _backward(
     if backend == "triton":
         from florence_fast.kernels import patch_merging as kernels
 
-        grads = kernels.patch_merging_bwd(grad_out, *tensors, needs, eps, _allows_tf32(x))
+        grads = kernels.patch_merging_bwd(grad_out, *tensors, needs, eps, _backend.allows_tf32(x))
     else:
         grads = _patch_merging_torch.patch_merging_bwd(grad_out, *tensors, needs, eps)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
@@ -172,11 +171,6 @@ def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     return tuple(
         x.new_empty(x.shape) if need else grad_out.new_empty(0) for x, need in zip(tensors, needs, strict=True)
     )
-
-
-def _allows_tf32(x: Tensor) -> bool:
-    """Say whether the user lets float32 products round their factors to TF32, as torch's own would."""
-    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

@@ -33,7 +33,6 @@ from florence_fast.ops._windows import (
 
 PAD_MODES = ("mask", "bias")
 
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
 MAX_TRITON_TOKENS = 784
 MAX_TRITON_SIDE = 144
@@ -267,7 +266,7 @@ def _triton_reasons(
     if head_dim not in TRITON_HEAD_DIMS:
         reasons.append(f"the head dim must be one of {TRITON_HEAD_DIMS}, got {head_dim}")
     dtype = _backend.autocast_dtype(qkv)
-    if dtype not in TRITON_DTYPES:
+    if dtype not in _backend.TRITON_DTYPES:
         reasons.append(f"qkv must be float16, bfloat16 or float32, got {dtype}")
     if dtype == torch.bfloat16 and _backend.interpreting():
         reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
