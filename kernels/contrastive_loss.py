@@ -2,13 +2,14 @@
 
 The forward computes each tile of logits once and takes both directions from it: a program owns a block of rows, keeps
 their running maximum and sum in registers over its run of column blocks, and leaves one maximum and sum a tile for
-each column. The backward computes a tile again from its features and writes its gradient
+each column. Positives are summed from the same tile: a loss near 0 is the difference of a maximum and a positive, which
+cancel exactly if they are one number. The backward computes a tile again from its features and writes its gradient
 
-    G_ij = drow_i exp(s_ij - row_lse_i) + dcol_j exp(s_ij - col_lse_j) + dpositive_i [y_i = y_j] / |P(i)|
+    G_ij = drow_i exp(s_ij - row_lse_i) + dcol_j exp(s_ij - col_lse_j) + dpositive_i [y_i = y_j]
 
 in the dtype of the features into a scratch of fixed size, for two products by the library, G cols and G^T rows. What
 is subtracted at the positives is inside G before it is rounded: a probability near 1 cancels against it there. Rows
-and columns come sorted by label, so that only tiles near the diagonal compare labels.
+and columns come sorted by label.
 
 FLOPs: 2 R N D forward, 2 R N D for G, and 4 R N D in the library. All sums are float32 and in a fixed order.
 
@@ -24,55 +25,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from florence_fast.kernels.configs import Config, config_of
-from florence_fast.kernels.targets import Target, target_of
+from florence_fast.kernels.logit_tiles import block_sizes, blocks_meet, config_for, logit_tile, positives
+from florence_fast.kernels.targets import target_of
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _NEAR = tl.constexpr(100.0)
 """So far apart may log-sum-exps be, in base 2, that the power of two of each difference is a float32."""
 
 
-@triton.jit
-def _tile(
-    rows_ptr,
-    cols_ptr,
-    row,
-    col,
-    R,
-    N,
-    D,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Product of the rows and columns of these numbers; those beyond the last, if not WHOLE, read zeros."""
-    d = tl.arange(0, BLOCK_D)
-    a_ptr = rows_ptr + row[:, None].to(tl.int64) * D + d[None, :]
-    b_ptr = cols_ptr + col[:, None].to(tl.int64) * D + d[None, :]
-    total = tl.zeros((row.shape[0], col.shape[0]), tl.float32)
-    for first in range(0, D, BLOCK_D):
-        if WHOLE and EVEN_D:
-            a, b = tl.load(a_ptr), tl.load(b_ptr)
-        else:
-            in_depth = d[None, :] < D - first
-            a = tl.load(a_ptr, mask=(row[:, None] < R) & in_depth, other=0.0)
-            b = tl.load(b_ptr, mask=(col[:, None] < N) & in_depth, other=0.0)
-        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
-        a_ptr += BLOCK_D
-        b_ptr += BLOCK_D
-    return total
-
-
 @triton.jit(do_not_specialize=["first_row", "R", "N", "num_runs"])
 def _contrastive_loss_fwd_kernel(
-    rows_ptr,  # (R, D)
+    rows_ptr,  # (R, D), sorted by label, as are the columns
     cols_ptr,  # (N, D)
     scale_ptr,  # () float32
+    row_label_ptr,  # (R,) int32, ascending
+    col_label_ptr,  # (N,) int32, ascending
     row_top_ptr,  # (runs, R) float32: the largest logit in base 2, and
-    row_sum_ptr,  # (runs, R) float32: the sum of 2^(logit - it), over the columns of a run
-    col_top_ptr,  # (row blocks of this call, N) float32: the same over a block of rows
-    col_sum_ptr,  # (row blocks of this call, N) float32
+    row_sum_ptr,  # (runs, R) float32: the sum of 2^(logit - it), over the columns of a run, and
+    positive_ptr,  # (runs, R) float32: the sum of the positive logits in base 2
+    col_top_ptr,  # (row blocks of this call, N) float32: maximum and
+    col_sum_ptr,  # (row blocks of this call, N) float32: sum over a block of rows
     first_row,
     R,
     N,
@@ -86,13 +58,19 @@ def _contrastive_loss_fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     run, block = tl.program_id(0) % num_runs, tl.program_id(0) // num_runs
-    row = first_row + block * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_start = first_row + block * BLOCK_R
+    row = row_start + tl.arange(0, BLOCK_R)
     scale = tl.load(scale_ptr) * _LOG2_E
     row_top, row_sum = tl.full((BLOCK_R,), -float("inf"), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
+    positive = tl.zeros((BLOCK_R,), tl.float32)
     tiles = tl.cdiv(N, BLOCK_N)
     for tile in range(tiles * run // num_runs, tiles * (run + 1) // num_runs):
-        col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        logits = _tile(rows_ptr, cols_ptr, row, col, R, N, D, BLOCK_D, EVEN_D, WHOLE, PRECISION) * scale
+        col_start = tile * BLOCK_N
+        col = col_start + tl.arange(0, BLOCK_N)
+        logits = logit_tile(rows_ptr, cols_ptr, row, col, R, N, D, BLOCK_D, EVEN_D, WHOLE, PRECISION) * scale
+        if blocks_meet(row_label_ptr, col_label_ptr, row_start, col_start, R, N, BLOCK_R, BLOCK_N):
+            same = positives(row_label_ptr, col_label_ptr, row, col, R, N)
+            positive += tl.sum(tl.where(same, logits, 0.0), 1)
         if not WHOLE:
             logits = tl.where((row < R)[:, None] & (col < N)[None, :], logits, -float("inf"))
         # A row or column beyond the last holds nothing but -inf, whose difference from itself would be NaN.
@@ -108,12 +86,7 @@ def _contrastive_loss_fwd_kernel(
     place = run.to(tl.int64) * R + row
     tl.store(row_top_ptr + place, row_top, mask=row < R)
     tl.store(row_sum_ptr + place, row_sum, mask=row < R)
-
-
-@triton.jit
-def _label_range(label_ptr, start, LENGTH: tl.constexpr, end):
-    """First and last of LENGTH ascending labels from ``start`` on, of which there are ``end``."""
-    return tl.load(label_ptr + start), tl.load(label_ptr + tl.minimum(start + LENGTH, end) - 1)
+    tl.store(positive_ptr + place, positive, mask=row < R)
 
 
 @triton.jit(do_not_specialize=["first_row", "first_col", "R", "N", "col_blocks"])
@@ -126,7 +99,7 @@ def _contrastive_loss_grad_kernel(
     col_lse_ptr,  # (N,) float32, in base 2
     drow_ptr,  # (R,) float32
     dcol_ptr,  # (N,) float32
-    target_ptr,  # (R,) float32: the gradient of each positive logit
+    dpositive_ptr,  # (R,) float32: the gradient of each positive logit
     row_label_ptr,  # (R,) int32, ascending
     col_label_ptr,  # (N,) int32, ascending
     grad_ptr,  # (rows, columns) of the chunk that begins at first_row and first_col
@@ -156,7 +129,7 @@ def _contrastive_loss_grad_kernel(
     block_r, block_c = tl.program_id(0) // col_blocks, tl.program_id(0) % col_blocks
     i, j = block_r * BLOCK_R + tl.arange(0, BLOCK_R), block_c * BLOCK_N + tl.arange(0, BLOCK_N)
     row, col = first_row + i, first_col + j
-    logits = _tile(rows_ptr, cols_ptr, row, col, R, N, D, BLOCK_D, EVEN_D, WHOLE, PRECISION)
+    logits = logit_tile(rows_ptr, cols_ptr, row, col, R, N, D, BLOCK_D, EVEN_D, WHOLE, PRECISION)
     row_real, col_real = row < R, col < N
     row_lse, drow = tl.load(row_lse_ptr + row, mask=row_real), tl.load(drow_ptr + row, mask=row_real)
     col_lse, dcol = tl.load(col_lse_ptr + col, mask=col_real), tl.load(dcol_ptr + col, mask=col_real)
@@ -168,15 +141,11 @@ def _contrastive_loss_grad_kernel(
         middle = 0.5 * (least + greatest)
         by_col = tl.exp2(row_lse - middle)[:, None] * (dcol * tl.exp2(middle - col_lse))[None, :]
         grad = by_row * (drow[:, None] + by_col)
-    # Labels ascend, so two blocks share one only if each begins before the other ends.
     row_start, col_start = first_row + block_r * BLOCK_R, first_col + block_c * BLOCK_N
-    row_least, row_most = _label_range(row_label_ptr, row_start, BLOCK_R, R)
-    col_least, col_most = _label_range(col_label_ptr, col_start, BLOCK_N, N)
-    if (row_least <= col_most) & (col_least <= row_most):
-        row_label = tl.load(row_label_ptr + row, mask=row_real, other=-1)
-        col_label = tl.load(col_label_ptr + col, mask=col_real, other=-2)
-        target = tl.load(target_ptr + row, mask=row_real, other=0.0)
-        grad += tl.where(row_label[:, None] == col_label[None, :], target[:, None], 0.0)
+    if blocks_meet(row_label_ptr, col_label_ptr, row_start, col_start, R, N, BLOCK_R, BLOCK_N):
+        dpositive = tl.load(dpositive_ptr + row, mask=row_real, other=0.0)
+        same = positives(row_label_ptr, col_label_ptr, row, col, R, N)
+        grad += tl.where(same, dpositive[:, None], 0.0)
     grad_ptr += i[:, None].to(tl.int64) * grad_stride + j[None, :]
     if WHOLE:
         tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty))
@@ -184,38 +153,34 @@ def _contrastive_loss_grad_kernel(
         tl.store(grad_ptr, grad.to(grad_ptr.dtype.element_ty), mask=row_real[:, None] & col_real[None, :])
 
 
-def _blocks(dtype: torch.dtype, arch: int, depth: int) -> tuple[int, int, int]:
-    """Return BLOCK_R, BLOCK_N and BLOCK_D: what registers and shared memory hold."""
-    if dtype == torch.float32:
-        block_r, block_n, block_d = 64, 64, 32
-    else:
-        # A tile of 128 x 128 reads its operands from shared memory as fast as HGMMA multiplies them, and no faster.
-        block_r, block_n, block_d = (256, 128, 64) if arch >= 90 else (128, 128, 32)
-    return block_r, block_n, max(16, min(block_d, triton.next_power_of_2(depth)))
-
-
-def _config(kernel: str, target: Target, dtype: torch.dtype, depth: int, warps: int, stages: int) -> Config:
-    default = Config(warps, 2, 2) if dtype == torch.float32 else Config(warps, stages, 1)
-    return config_of(kernel, target.arch, dtype, 0, depth, default)
-
-
 def contrastive_loss_fwd(
-    rows: Tensor, cols: Tensor, scale: Tensor, scratch_bytes: int, tf32: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the log-sum-exp in base 2 of every row (R,) and column (N,), in float32; -inf where there is nothing.
+    rows: Tensor,
+    cols: Tensor,
+    scale: Tensor,
+    row_labels: Tensor,
+    col_labels: Tensor,
+    scratch_bytes: int,
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return, in base 2 and float32, what is known of each row and column; rows and columns are sorted by label.
 
     ``scratch_bytes`` bounds the statistics of columns that are kept at a time.
+
+    Returns:
+        The largest logit of each row (R,) and log2 of the sum of 2^(logit - it) (R,), the same of each column (N,) and
+        (N,), both -inf where there is nothing, and the sum of each row's positive logits (R,).
     """
     (num_rows, depth), num_cols, target = rows.shape, len(cols), target_of(rows.device)
-    col_lse = rows.new_full((num_cols,), -math.inf, dtype=torch.float32)
     if num_rows == 0 or num_cols == 0:
-        return rows.new_full((num_rows,), -math.inf, dtype=torch.float32), col_lse
-    block_r, block_n, block_d = _blocks(rows.dtype, target.arch, depth)
-    config = _config("contrastive_loss_fwd", target, rows.dtype, depth, 4 if rows.dtype == torch.float32 else 8, 3)
+        row, col = (rows.new_full((length,), -math.inf, dtype=torch.float32) for length in (num_rows, num_cols))
+        return row, row, col, col, torch.zeros_like(row)
+    block_r, block_n, block_d = block_sizes(rows.dtype, target.arch, depth)
+    config = config_for("contrastive_loss_fwd", target, rows.dtype, depth)
     row_blocks, at_once = triton.cdiv(num_rows, block_r), target.num_sms * config.programs_per_sm
     runs = max(1, min(triton.cdiv(num_cols, block_n), at_once // row_blocks))
     step = max(1, min(row_blocks, scratch_bytes // (8 * num_cols)))
-    row_top, row_sum = (rows.new_empty(runs, num_rows, dtype=torch.float32) for _ in range(2))
+    row_top, row_sum, positive = (rows.new_empty(runs, num_rows, dtype=torch.float32) for _ in range(3))
+    col_parts = []
     for first in range(0, row_blocks, step):
         blocks = min(step, row_blocks - first)
         col_top, col_sum = (rows.new_empty(blocks, num_cols, dtype=torch.float32) for _ in range(2))
@@ -223,8 +188,11 @@ def contrastive_loss_fwd(
             rows,
             cols,
             scale,
+            row_labels,
+            col_labels,
             row_top,
             row_sum,
+            positive,
             col_top,
             col_sum,
             first * block_r,
@@ -240,14 +208,17 @@ def contrastive_loss_fwd(
             "tf32" if tf32 else "ieee",
             **config.options,
         )
-        col_lse = torch.logaddexp2(col_lse, _join(col_top, col_sum))
-    return _join(row_top, row_sum), col_lse
+        col_parts.append(_join(col_top, col_sum))
+    if len(col_parts) > 1:
+        top, rest = map(torch.stack, zip(*col_parts, strict=True))
+        col_parts = [_join(top, rest.exp2())]
+    return *_join(row_top, row_sum), *col_parts[0], positive.sum(0)
 
 
-def _join(top: Tensor, total: Tensor) -> Tensor:
-    """Return log2 sum_k total_k 2^top_k over the first axis."""
+def _join(top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the greatest of the first axis, and log2 sum_k total_k 2^(top_k - greatest) over it."""
     greatest = top.amax(0)
-    return greatest + (total * (top - greatest).exp2()).sum(0).log2()
+    return greatest, (total * (top - greatest).exp2()).sum(0).log2()
 
 
 def contrastive_loss_grad(
@@ -262,9 +233,8 @@ def contrastive_loss_grad(
 ) -> None:
     """Write G of a chunk of rows and columns into ``grad``; ``statistics`` are lse_range_ptr to col_label_ptr."""
     depth, target = rows.shape[1], target_of(rows.device)
-    block_r, block_n, block_d = _blocks(rows.dtype, target.arch, depth)
-    warps = 4 if rows.dtype == torch.float32 else 8
-    config = _config("contrastive_loss_grad", target, rows.dtype, depth, warps, 3)
+    block_r, block_n, block_d = block_sizes(rows.dtype, target.arch, depth)
+    config = config_for("contrastive_loss_grad", target, rows.dtype, depth)
     num_rows, num_cols = row_span[1] - row_span[0], col_span[1] - col_span[0]
     col_blocks = triton.cdiv(num_cols, block_n)
     for far_apart in (False, True):
@@ -290,16 +260,3 @@ def contrastive_loss_grad(
             "tf32" if tf32 else "ieee",
             **config.options,
         )
-
-
-def best_chunk(depth: int, target: Target) -> int:
-    """Return how many rows and columns make a chunk whose products with D columns fill the multiprocessors evenly.
-
-    The library's tiles are taken to be 128 x 256.
-    """
-
-    def use(chunk: int) -> float:
-        tiles = triton.cdiv(chunk, 128) * triton.cdiv(depth, 256)
-        return tiles / (triton.cdiv(tiles, target.num_sms) * target.num_sms)
-
-    return max(range(4096, 8192 + 1, 512), key=lambda chunk: (round(use(chunk), 2), chunk))

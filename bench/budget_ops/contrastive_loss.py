@@ -1,4 +1,5 @@
-"""Cases of the contrastive loss; the unit is one tile of 128 x 128 logits, whatever tiles the kernels take.
+"""Cases of the contrastive losses, over softmax and over sigmoid; the unit is one tile of 128 x 128 logits, whatever
+tiles the kernels take.
 
 Rows and columns are so many that features pass through memory once in many tiles. Here they count as read once a call,
 or once a chunk of the gradient; that they come from the L2 cache for each tile anew the budget does not know.
@@ -31,7 +32,7 @@ class ContrastiveCase(Case):
 
     @property
     def name(self) -> str:
-        return f"contrastive_loss D{self.depth} {self.dtype} {self.direction}"
+        return f"{self.op} D{self.depth} {self.dtype} {self.direction}"
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -78,13 +79,48 @@ class ContrastiveCase(Case):
             return empty(*sizes, dtype=torch.float32)
 
         rows, cols, tf32 = empty(self.batch, self.depth), empty(self.batch, self.depth), self.dtype == "tf32"
+        labels = [empty(self.batch, dtype=torch.int32) for _ in range(2)]
         if self.direction == "forward":
-            kernels.contrastive_loss_fwd(rows, cols, numbers(), _SCRATCH, tf32)
+            kernels.contrastive_loss_fwd(rows, cols, numbers(), *labels, _SCRATCH, tf32)
             return
-        labels = (empty(self.batch, dtype=torch.int32) for _ in range(2))
         statistics = (numbers(2), *(numbers(self.batch) for _ in range(5)), *labels)
         span, grad = (0, self.chunk), empty(self.chunk, self.chunk)
         kernels.contrastive_loss_grad(rows, cols, numbers(), statistics, span, span, grad, tf32)
+
+
+@dataclass(frozen=True)
+class SigmoidCase(ContrastiveCase):
+    """The same of the sigmoid loss, which has one exponential a logit and no statistics of columns."""
+
+    op: ClassVar[str] = "sigmoid_loss"
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        return ("_sigmoid_loss_fwd_kernel" if self.direction == "forward" else "_sigmoid_loss_grad_kernel",)
+
+    @property
+    def bytes(self) -> int:
+        side = self.batch if self.direction == "forward" else self.chunk
+        features = 2 * side * self.depth * ITEMSIZE[self.dtype] // (side // _TILE) ** 2
+        return features + (0 if self.direction == "forward" else _TILE**2 * ITEMSIZE[self.dtype])
+
+    @property
+    def exp2(self) -> int:
+        return _TILE**2
+
+    def launch(self, empty: Callable[..., Any]) -> None:
+        import torch
+
+        from florence_fast.kernels import sigmoid_loss as kernels
+
+        rows, cols, tf32 = empty(self.batch, self.depth), empty(self.batch, self.depth), self.dtype == "tf32"
+        scale, bias = (empty(dtype=torch.float32) for _ in range(2))
+        labels = [empty(self.batch, dtype=torch.int32) for _ in range(2)]
+        if self.direction == "forward":
+            kernels.sigmoid_loss_fwd(rows, cols, scale, bias, *labels, tf32)
+            return
+        span, grad, drow = (0, self.chunk), empty(self.chunk, self.chunk), empty(self.batch, dtype=torch.float32)
+        kernels.sigmoid_loss_grad(rows, cols, scale, bias, drow, *labels, span, span, grad, tf32)
 
 
 def _cases() -> Iterator[ContrastiveCase]:
@@ -98,6 +134,8 @@ def _cases() -> Iterator[ContrastiveCase]:
         yield ContrastiveCase(depth=depth, dtype=dtype, direction=way, limits=limits, tier=tier)
     for dtype, way in itertools.product(("fp32", "tf32"), ("forward", "gradient")):
         yield ContrastiveCase(depth=512, dtype=dtype, direction=way, limits=replace(limits, tensor_share=None))
+    for (depth, dtype), way in itertools.product(((512, "bf16"), (768, "bf16"), (512, "fp16")), ("forward", "gradient")):
+        yield SigmoidCase(depth=depth, dtype=dtype, direction=way, limits=limits)
 
 
 ALLOWED: dict[str, dict[str, float]] = {

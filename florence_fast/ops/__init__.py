@@ -10,6 +10,7 @@ from florence_fast.ops.layer_norm import layer_norm, layer_norm_reference
 from florence_fast.ops.mlp import mlp, mlp_reference
 from florence_fast.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
 from florence_fast.ops.patch_merging import patch_merging, patch_merging_reference
+from florence_fast.ops.sigmoid_loss import sigmoid_loss, sigmoid_loss_reference
 from florence_fast.ops.window_attention import window_attention, window_attention_reference
 from florence_fast.ops.window_attention_partitioned import (
     window_attention_partitioned,
@@ -42,6 +43,8 @@ __all__ = [
     "nms_reference",
     "patch_merging",
     "patch_merging_reference",
+    "sigmoid_loss",
+    "sigmoid_loss_reference",
     "window_attention",
     "window_attention_partitioned",
     "window_attention_partitioned_reference",

@@ -6,7 +6,7 @@ Letters: B pairs · R rows (images here) · N columns (texts of all) · D embedd
 """
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,35 @@ from torch import Tensor
 
 from florence_fast.errors import unknown
 from florence_fast.ops import _backend, _contrastive_loss_torch
+from florence_fast.ops._contrastive_checks import (
+    all_logits,
+    check_features,
+    check_labels,
+    labels_of_both,
+    reasons_against,
+)
 
-REDUCTIONS = {"mean_directions": 0.5, "sum_directions": 1.0}
-"""What each direction's loss is multiplied with before the two are added."""
+REDUCTIONS = {"mean_directions": (0.5, 0.5), "sum_directions": (1.0, 1.0), "image_to_text": (1.0, 0.0)}
+"""What the loss of the rows (image to text) and that of the columns (text to image) are multiplied with."""
+
+
+class Statistics(NamedTuple):
+    """What the loss needs to know of S. The maxima have no gradient: that of a log-sum-exp is all in its ``rest``.
+
+    The log of sum exp S is kept in two parts, ``top + rest``, because near a loss of 0 it is a maximum that a positive
+    cancels: ``(top - positive) + rest`` is exact there, and the rounded sum of both parts is not.
+    """
+
+    row_top: Tensor
+    """(R,): max_k S_ik."""
+    row_rest: Tensor
+    """(R,): log sum_k exp(S_ik - row_top_i)."""
+    col_top: Tensor
+    """(N,): max_i S_ik over these rows, -inf if there are none."""
+    col_rest: Tensor
+    """(N,): log sum_i exp(S_ik - col_top_k)."""
+    positive: Tensor
+    """(R,): the sum of S_ik over the positives k of row i, times the weight of the row."""
 
 
 def contrastive_loss(
@@ -25,6 +51,7 @@ def contrastive_loss(
     logit_scale: Tensor | float,
     labels: Tensor | None = None,
     *,
+    text_labels: Tensor | None = None,
     reduction: str = "mean_directions",
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -36,11 +63,15 @@ def contrastive_loss(
 
     Args:
         image_features: (B, D), floating, L2-normalised by the caller.
-        text_features: (B, D), the dtype of ``image_features``; row i belongs to image i.
+        text_features: (B, D), the dtype of ``image_features``; row i belongs to image i. For "image_to_text" there may
+            be N texts, not B.
         logit_scale: one floating-point value, the factor of the cosines (not its log); a tensor gets its gradient.
         labels: (B,) int64, hashes of the texts: equal ones are positives of each other. None: only a pair's own
-            text is right (CLIP).
-        reduction: "mean_directions" or "sum_directions".
+            text is right (CLIP), and texts after the first B are wrong for all.
+        text_labels: (N,) int64, if the texts' labels are others than ``labels``, for "image_to_text" alone. An image
+            without a positive makes the loss NaN.
+        reduction: "mean_directions", "sum_directions", or "image_to_text" for that direction alone; the other one is
+            had by exchanging the arguments.
         chunk_size: edge of the tiles whose gradient is in memory at a time, which takes O(B D + chunk_size^2); by
             default 1024 in the ``torch`` backend, and in that of the kernels what suits the GPU, up to 8192.
 
@@ -59,16 +90,24 @@ def contrastive_loss(
     >>> contrastive_loss(u, v, logit_scale=100.0)
     tensor(0.)
     """
-    scale = check_contrastive_loss(image_features, text_features, logit_scale, labels, reduction, chunk_size)
+    check_reduction(reduction)
+    one_way = reduction == "image_to_text"
+    scale = check_features(image_features, text_features, logit_scale, chunk_size, unequal=one_way)
+    check_labels(image_features, text_features, labels, text_labels, unequal=one_way)
     arguments = (image_features, text_features, scale, labels)
     if _backend.choose("contrastive_loss", *arguments) == "reference":
-        return contrastive_loss_reference(*arguments, reduction=reduction)
-    if labels is None:
-        labels = torch.arange(len(image_features), device=image_features.device)
-    row_lse, col_lse, positive = contrastive_statistics(
-        image_features, text_features, scale, labels, labels, chunk_size=chunk_size
+        return contrastive_loss_reference(*arguments, text_labels=text_labels, reduction=reduction)
+    row_labels, col_labels = labels_of_both(image_features, text_features, labels, text_labels)
+    statistics = contrastive_statistics(
+        image_features,
+        text_features,
+        scale,
+        row_labels,
+        col_labels,
+        positive_weight(row_labels, col_labels, torch.promote_types(image_features.dtype, torch.float32)),
+        chunk_size=chunk_size,
     )
-    return join_directions(row_lse.mean(), col_lse.mean(), positive.mean(), reduction)
+    return join_directions(statistics, statistics.positive, reduction)
 
 
 def contrastive_statistics(
@@ -77,13 +116,14 @@ def contrastive_statistics(
     scale: Tensor,
     row_labels: Tensor,
     col_labels: Tensor,
+    weight: Tensor,
     *,
     chunk_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the loss needs to know of some rows of S against all columns: the part that costs time.
+) -> Statistics:
+    """Return what the loss needs to know of some rows of S against some columns: the part that costs time.
 
     The loss of a batch that is spread over processes is made of it: each brings its own rows. Arguments are checked
-    by ``check_contrastive_loss``; the label of every row must occur among ``col_labels``.
+    by ``check_features`` and ``check_labels``.
 
     Args:
         rows: (R, D).
@@ -91,73 +131,45 @@ def contrastive_statistics(
         scale: ().
         row_labels: (R,) int64.
         col_labels: (N,) int64.
+        weight: (R,), what the sum of a row's positives is multiplied with, in the dtype of the loss; no gradient.
         chunk_size: as in ``contrastive_loss``.
 
     Returns:
-        log sum_k exp S_ik of each row, (R,); log sum_i exp S_ik of each column over these rows, (N,), -inf when there
-        are none; the mean of S_ik over the positives k of each row, (R,). All in the dtype of the loss, and
-        differentiable with respect to rows, cols and scale.
+        In the dtype of the loss, and differentiable with respect to rows, cols and scale as ``Statistics`` says.
     """
     backend = _backend.choose("contrastive_loss", rows, cols, scale, row_labels)
+    tensors = (rows, cols, scale, row_labels, col_labels, weight)
     if backend == "reference":
-        return contrastive_statistics_reference(rows, cols, scale, row_labels, col_labels)
-    statistics, _ = _contrastive_loss(rows, cols, scale, row_labels, col_labels, chunk_size or 0, backend)
-    return statistics.split([len(rows), len(cols), len(rows)])
+        return contrastive_statistics_reference(*tensors)
+    differentiable, tops, _ = _contrastive_loss(*tensors, chunk_size or 0, backend)
+    row_rest, col_rest, positive = differentiable.split([len(rows), len(cols), len(rows)])
+    row_top, col_top = tops.split([len(rows), len(cols)])
+    return Statistics(row_top, row_rest, col_top, col_rest, positive)
 
 
-def join_directions(row_lse: Tensor, col_lse: Tensor, positive: Tensor, reduction: str) -> Tensor:
-    """Return the loss from the means of the three statistics over the batch.
+def positive_weight(row_labels: Tensor, col_labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 1/|P(i)| for every row, counted in the sorted labels without comparing all pairs."""
+    ordered = col_labels.sort().values
+    count = torch.searchsorted(ordered, row_labels, right=True) - torch.searchsorted(ordered, row_labels)
+    return count.to(dtype).reciprocal()
 
-    Positives are mutual, so 1/|P| is the same for both ends and the mean positive logit is one for both directions.
+
+def join_directions(statistics: Statistics, col_positive: Tensor, reduction: str) -> Tensor:
+    """Return the loss from the statistics of all rows and all columns.
+
+    Positives are mutual, so 1/|P| is the same for both ends, and the positives of the columns are those of the rows in
+    another order: ``col_positive`` is (N,), each column having its own pair's, which is what ``col_top`` cancels with.
     """
-    return REDUCTIONS[reduction] * ((row_lse - positive) + (col_lse - positive))
+    row_top, row_rest, col_top, col_rest, positive = statistics
+    of_rows, of_cols = REDUCTIONS[reduction]
+    loss = of_rows * ((row_top - positive) + row_rest).mean()
+    return loss if of_cols == 0 else loss + of_cols * ((col_top - col_positive) + col_rest).mean()
 
 
-def check_contrastive_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    labels: Tensor | None,
-    reduction: str,
-    chunk_size: int | None,
-    *,
-    may_be_empty: bool = False,
-) -> Tensor:
-    """Raise what is wrong with the arguments of ``contrastive_loss``; return the scale as a 0-D tensor."""
-    for name, features in (("image_features", image_features), ("text_features", text_features)):
-        if not isinstance(features, Tensor) or not features.is_floating_point():
-            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if image_features.ndim != 2 or image_features.shape[1] == 0:
-        raise ValueError(f"image_features must have shape (B, D), got {tuple(image_features.shape)}")
-    if len(image_features) == 0 and not may_be_empty:
-        raise ValueError("image_features must hold at least one pair, got an empty batch")
-    for what in ("shape", "dtype", "device"):
-        wanted, got = getattr(image_features, what), getattr(text_features, what)
-        if wanted != got:
-            raise ValueError(f"text_features must have the {what} of image_features, {wanted}, got {got}")
-    device = image_features.device
-    if labels is not None:
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels must be an int64 tensor, got {got}")
-        if labels.shape != image_features.shape[:1] or labels.device != device:
-            raise ValueError(
-                f"labels must have shape ({len(image_features)},) on {device}, "
-                f"got {tuple(labels.shape)} on {labels.device}"
-            )
+def check_reduction(reduction: str) -> None:
+    """Raise ValueError unless ``reduction`` is known."""
     if reduction not in REDUCTIONS:
         raise unknown("reduction", reduction, REDUCTIONS)
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be a positive int, got {chunk_size!r}")
-    if not isinstance(logit_scale, Tensor):
-        return torch.tensor(float(logit_scale), dtype=image_features.dtype, device=device)
-    if logit_scale.numel() != 1 or not logit_scale.is_floating_point() or logit_scale.device != device:
-        raise ValueError(
-            f"logit_scale must be one floating-point value on {device}, "
-            f"got shape {tuple(logit_scale.shape)}, {logit_scale.dtype} on {logit_scale.device}"
-        )
-    return logit_scale.reshape(())
 
 
 def contrastive_loss_reference(
@@ -166,68 +178,61 @@ def contrastive_loss_reference(
     logit_scale: Tensor | float,
     labels: Tensor | None = None,
     *,
+    text_labels: Tensor | None = None,
     reduction: str = "mean_directions",
     chunk_size: int | None = None,
 ) -> Tensor:
     """Define ``contrastive_loss`` in plain PyTorch by its B x B logits; ``chunk_size`` changes nothing."""
-    logits = _logits(image_features, text_features, logit_scale)
-    if labels is None:
-        labels = torch.arange(len(logits), device=logits.device)
-    target = F.normalize((labels[:, None] == labels).to(logits.dtype), p=1, dim=1)
-    image_to_text = -(target * logits.log_softmax(1)).sum(1).mean()
-    text_to_image = -(target * logits.log_softmax(0)).sum(0).mean()
-    return REDUCTIONS[reduction] * (image_to_text + text_to_image)
+    logits = all_logits(image_features, text_features, logit_scale)
+    row_labels, col_labels = labels_of_both(image_features, text_features, labels, text_labels)
+    same = row_labels[:, None] == col_labels
+    target = same / same.sum(1, keepdim=True, dtype=logits.dtype)
+    of_rows, of_cols = REDUCTIONS[reduction]
+    loss = -of_rows * (target * logits.log_softmax(1)).sum(1).mean()
+    return loss if of_cols == 0 else loss - of_cols * (target * logits.log_softmax(0)).sum(0).mean()
 
 
 def contrastive_statistics_reference(
-    rows: Tensor, cols: Tensor, scale: Tensor, row_labels: Tensor, col_labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: Tensor, cols: Tensor, scale: Tensor, row_labels: Tensor, col_labels: Tensor, weight: Tensor
+) -> Statistics:
     """Define ``contrastive_statistics`` in plain PyTorch."""
-    logits = _logits(rows, cols, scale)
-    target = F.normalize((row_labels[:, None] == col_labels).to(logits.dtype), p=1, dim=1)
-    return logits.logsumexp(1), logits.logsumexp(0), (target * logits).sum(1)
+    logits = all_logits(rows, cols, scale)
+    same = row_labels[:, None] == col_labels
+    row_top, col_top = (_amax(logits.detach(), axis) for axis in (1, 0))
+    row_rest, col_rest = (logits - row_top[:, None]).logsumexp(1), (logits - col_top).logsumexp(0)
+    return Statistics(row_top, row_rest, col_top, col_rest, weight * (same * logits).sum(1))
 
 
-def _logits(rows: Tensor, cols: Tensor, scale: Tensor | float) -> Tensor:
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    with _backend.without_autocast(rows.device.type):
-        return scale * (rows.to(dtype) @ cols.to(dtype).T)
+def _amax(x: Tensor, axis: int) -> Tensor:
+    return x.amax(axis) if x.shape[axis] else x.new_full((x.shape[1 - axis],), -torch.inf)
 
 
 def unsupported_reasons(backend: str, image_features: Tensor, *args: Any, **options: Any) -> list[str]:
     """Say why ``backend`` cannot run ``contrastive_loss`` on these arguments; an empty list means that it can."""
-    if backend == "triton":
-        reasons = _backend.triton_reasons(image_features)
-        if image_features.dtype not in _backend.TRITON_DTYPES:
-            reasons.append(f"features must be float16, bfloat16 or float32, got {image_features.dtype}")
-        if image_features.dtype == torch.bfloat16 and _backend.interpreting():
-            reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
-        return reasons
-    if backend == "cpp":
-        return ["no native kernel for contrastive_loss in this version"]
-    return []
+    return reasons_against("contrastive_loss", backend, image_features)
 
 
-# The op returns the three statistics as one tensor (2R + N,), and keeps for the backward, beside its inputs, the two
-# log-sum-exps: with them a tile of probabilities is recomputed from its features alone.
+# The op returns what has a gradient as one tensor (2R + N,), the maxima (R + N,), and for the backward alone the
+# log-sum-exps (R + N,): with them a tile of probabilities is recomputed from its features.
 def _forward(
     rows: Tensor,
     cols: Tensor,
     scale: Tensor,
     row_labels: Tensor,
     col_labels: Tensor,
+    weight: Tensor,
     chunk_size: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    tensors = (rows, cols, scale, row_labels, col_labels)
-    statistics = _implementation(backend).contrastive_loss_fwd(*tensors, chunk_size)
-    return torch.cat(statistics), torch.cat(statistics[:2])
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (rows, cols, scale, row_labels, col_labels, weight)
+    row_top, row_rest, col_top, col_rest, positive = _implementation(backend).contrastive_loss_fwd(*tensors, chunk_size)
+    tops, rests = torch.cat([row_top, col_top]), torch.cat([row_rest, col_rest])
+    return torch.cat([rests, positive]), tops, tops + rests
 
 
-def _forward_fake(rows: Tensor, cols: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    num_lse = len(rows) + len(cols)
-    return rows.new_empty(num_lse + len(rows), dtype=dtype), rows.new_empty(num_lse, dtype=dtype)
+def _forward_fake(rows: Tensor, cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_lse, weight = len(rows) + len(cols), args[3]
+    return tuple(weight.new_empty(length) for length in (num_lse + len(rows), num_lse, num_lse))
 
 
 def _backward(
@@ -237,24 +242,26 @@ def _backward(
     scale: Tensor,
     row_labels: Tensor,
     col_labels: Tensor,
+    weight: Tensor,
+    tops: Tensor,
     lse: Tensor,
     needs: list[bool],
     chunk_size: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     sizes = [len(rows), len(cols)]
     grads = _implementation(backend).contrastive_loss_bwd(
         *grad_out.split([*sizes, len(rows)]),
-        *(rows, cols, scale, row_labels, col_labels),
+        *(rows, cols, scale, row_labels, col_labels, weight),
         *lse.split(sizes),
         needs,
         chunk_size,
     )
-    return tuple(rows.new_empty(0) if grad is None else grad for grad in (*grads, None, None))
+    return tuple(rows.new_empty(0) if grad is None else grad for grad in (*grads, None, None, None))
 
 
-def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, needs = args[:5], args[6]
+def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors, needs = args[:6], args[8]
     return tuple(
         x.new_empty(x.shape) if need else tensors[0].new_empty(0) for x, need in zip(tensors, needs, strict=True)
     )
@@ -275,7 +282,7 @@ def _implementation(backend: str) -> ModuleType:
     return _contrastive_loss_torch
 
 
-_contrastive_loss = _backend.define("contrastive_loss", 5, _forward, _forward_fake, _backward, _backward_fake)
+_contrastive_loss = _backend.define("contrastive_loss", 6, _forward, _forward_fake, _backward, _backward_fake)
 _backend.register_entry(
     _backend.OpEntry("contrastive_loss", contrastive_loss, contrastive_loss_reference, unsupported_reasons, _example)
 )

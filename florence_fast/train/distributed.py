@@ -122,13 +122,28 @@ def sum_over_ranks(partial: Tensor, group: dist.ProcessGroup | None = None) -> T
     return partial if world_size(group) == 1 else _SumOverRanks.apply(partial, group)
 
 
-def logsumexp_over_ranks(partial: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return log sum_r exp(partial_r) over the ranks r; a rank's gradient is weighted by its share of the sum.
+def logsumexp_over_ranks(top: Tensor, rest: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """Return log sum_r exp(top_r + rest_r) over the ranks r in the same two parts: the greatest ``top``, and the rest.
+
+    The gradient is all in the rest, and each rank's is weighted by its share of the sum.
 
     Args:
-        partial: any shape, equal on every rank; -inf where a rank has nothing to add.
+        top: any shape, equal on every rank; -inf where a rank has nothing to add. No gradient.
+        rest: the same shape.
     """
-    return partial if world_size(group) == 1 else _LogSumExpOverRanks.apply(partial, group)
+    return (top, rest) if world_size(group) == 1 else _LogSumExpOverRanks.apply(top, rest, group)
+
+
+def join_over_ranks(values: Tensor, counts: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
+    """Join the values of all ranks where every rank then computes the same from them, with the exact gradient.
+
+    Each rank has the whole derivative of what all compute: its own slice is its gradient, and nothing is sent back.
+
+    Args:
+        values: (b,) of this rank.
+        counts: the b of every rank.
+    """
+    return values if world_size(group) == 1 else _JoinOverRanks.apply(values, counts, group)
 
 
 def scale_gradient(loss: Tensor, factor: float) -> Tensor:
@@ -166,19 +181,31 @@ class _SumOverRanks(torch.autograd.Function):
 
 class _LogSumExpOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        largest = partial.clone()
+    def forward(ctx: Any, top: Tensor, rest: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+        largest = top.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        total = (partial - largest).exp_()
+        share = (top - largest + rest).exp_()
+        total = share.clone()
         dist.all_reduce(total, group=group)
-        total.log_().add_(largest)
-        ctx.save_for_backward(partial, total)
-        return total
+        ctx.save_for_backward(share / total)
+        ctx.mark_non_differentiable(largest)
+        return largest, total.log_()
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
-        partial, total = ctx.saved_tensors
-        return dtotal * (partial - total).exp(), None
+    def backward(ctx: Any, _: None, drest: Tensor) -> tuple[None, Tensor, None]:
+        (share,) = ctx.saved_tensors
+        return None, drest * share, None
+
+
+class _JoinOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
+        ctx.counts, ctx.rank = counts, rank(group)
+        return all_gather_rows(values, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, djoined: Tensor) -> tuple[Tensor, None, None]:
+        return djoined.split(ctx.counts)[ctx.rank], None, None
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -4,132 +4,164 @@ A contrastive loss needs the features of the whole batch, but the towers' activa
 features without a graph, the loss and its gradient on the features, then each part forward once more and backward
 with the gradient that was kept. It costs one more forward, and nothing in exactness (Gao et al., arXiv 2101.06983).
 
-Letters: B pairs · T distinct texts · L tokens of a text · D embedding dim
+Letters: B rows of an input
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Loss = Callable[..., Tensor]
 Scale = float | Callable[[Tensor], Tensor]
-Part = tuple[Tensor | None, Tensor | None]
+
+
+class Part(NamedTuple):
+    """The rows of one micro-batch."""
+
+    inputs: tuple[Tensor | None, ...]
+    """One for each tower."""
+    lengths: tuple[int, ...]
+    """How many rows of each input count. Under FSDP2 an input without rows has one that does not count."""
 
 
 class GradCache:
-    """Run forward and backward of a dual encoder in micro-batches, with the gradient of the whole batch.
+    """Run forward and backward of encoders in micro-batches, with the gradient of the whole batch.
 
-    The model is only ever called as ``model(image=..., text=...)``, either of them None, and must return image
-    features, text features and the scale, so wrappers such as DistributedDataParallel see every pass; their gradients
-    are synchronised once, in the last micro-batch. The second pass replays the random generators of the CPU and of
-    the inputs' devices, so drop path and dropout draw the masks of the first. Forward passes run under the autocast
-    that surrounds the call, backward passes outside it.
+    The model is only ever called as ``model(image=..., text=...)``, with the names of ``towers`` and some of them None.
+    It returns the features of each tower in that order, then any scalars that the loss takes, such as the scale. So
+    wrappers such as DistributedDataParallel and FSDP2 see every pass; their gradients are synchronised once, in the
+    last micro-batch. The second pass replays the random generators of the CPU and of the inputs' devices, so drop path
+    and dropout draw the masks of the first. Forward passes run under the autocast that surrounds the call, backward
+    passes outside it. Activation checkpointing inside the model needs nothing from here.
 
     What computes across a micro-batch (batch normalisation) sees micro-batches, and updates its statistics twice.
 
     Args:
-        model: the dual encoder, wrapped or not.
-        loss: ``loss(image_features, text_features, logit_scale)`` or, with labels, ``loss(..., labels)`` -> scalar.
-        micro_batch_size: the most pictures, and the most texts, of one forward pass.
+        model: the encoders, wrapped or not.
+        loss: ``loss(*features, *scalars)`` or, with labels, ``loss(*features, *scalars, labels)`` -> scalar. Features
+            are those of the whole batch, float32 or better; what happens to them is the loss's affair, such as
+            spreading texts that were encoded once over the images that share them.
+        micro_batch_size: the most rows of one tower in one forward pass.
+        towers: what the model calls its inputs.
 
     Raises:
-        ValueError: micro_batch_size is not a positive int.
+        ValueError: micro_batch_size is not a positive int, or there are no towers.
 
     >>> cache = GradCache(model, ContrastiveLoss(), micro_batch_size=64)
-    >>> loss = cache.step(images, tokens, labels)
+    >>> loss = cache.step(images, tokens, labels=labels)
     >>> optimizer.step()
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, micro_batch_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Loss, micro_batch_size: int, *, towers: Sequence[str] = ("image", "text")
+    ) -> None:
         if not isinstance(micro_batch_size, int) or micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be a positive int, got {micro_batch_size!r}")
+        if isinstance(towers, str) or not towers:
+            raise ValueError(f"towers must name at least one input of the model, got {towers!r}")
         self.model = model
         self.loss = loss
         self.micro_batch_size = micro_batch_size
+        self.towers = tuple(towers)
 
-    def step(
-        self,
-        images: Tensor,
-        texts: Tensor,
-        labels: Tensor | None = None,
-        text_index: Tensor | None = None,
-        *,
-        scale: Scale = 1.0,
-    ) -> Tensor:
+    def step(self, *inputs: Tensor, labels: Tensor | None = None, scale: Scale = 1.0) -> Tensor:
         """Add the gradients of the batch's loss to the parameters' ``grad``.
 
         Args:
-            images: (B, ...).
-            texts: (B, L), or (T, L) with ``text_index``.
-            labels: (B,), handed on to the loss.
-            text_index: (B,) int64, the row of ``texts`` that belongs to each image, so that each distinct text is
-                encoded once.
+            inputs: one (B, ...) for each of ``towers``; B may differ between them.
+            labels: handed on to the loss as they are.
             scale: what the loss is multiplied with before the backward pass; ``scaler.scale`` of a GradScaler.
 
         Returns:
             The loss, not scaled, without a graph.
 
         Raises:
-            ValueError: an empty batch, or as many texts (or indices) as images are wanted and not given.
+            ValueError: other inputs than towers, or one without rows.
         """
-        _check_step(images, texts, text_index)
-        parts = self._parts(images, texts)
-        states, features = self._first_pass(parts)
-        loss, gradients = self._loss_and_gradients(features, labels, text_index, scale)
+        if len(inputs) != len(self.towers):
+            raise ValueError(f"inputs must be one for each of {', '.join(self.towers)}, got {len(inputs)}")
+        for name, x in zip(self.towers, inputs, strict=True):
+            if len(x) == 0:
+                raise ValueError(f"{name} must hold at least one row, got shape {tuple(x.shape)}")
+        parts = self._parts(inputs)
+        states, outputs = self._first_pass(parts)
+        loss, gradients = self._loss_and_gradients(outputs, labels, scale)
         self._second_pass(parts, states, gradients)
         return loss
 
-    def _parts(self, images: Tensor, texts: Tensor) -> list[Part]:
-        """Deal images and texts evenly, at least one of each to the last part: there DDP waits for every parameter."""
-        count = -(-max(len(images), len(texts)) // self.micro_batch_size)
-        return list(zip(_cut(images, count), _cut(texts, count), strict=True))
+    def _parts(self, inputs: tuple[Tensor, ...]) -> list[Part]:
+        """Deal every input evenly, at least one row of each to the last part: there DDP waits for every parameter."""
+        count = -(-max(map(len, inputs)) // self.micro_batch_size)
+        if self._is_fsdp:
+            count = _greatest_of_ranks(count, self.model)
+        columns = [_cut(x, count) for x in inputs]
+        parts = []
+        for rows in zip(*columns, strict=True):
+            # FSDP2 gathers weights in every forward and backward: no rank may leave a tower out.
+            kept = [
+                x if len(x) else whole[:1] if self._is_fsdp else None for x, whole in zip(rows, inputs, strict=True)
+            ]
+            parts.append(Part(tuple(kept), tuple(map(len, rows))))
+        return parts
+
+    def _forward(self, part: Part) -> tuple[Tensor | None, ...]:
+        return tuple(self.model(**dict(zip(self.towers, part.inputs, strict=True))))
+
+    @property
+    def _is_fsdp(self) -> bool:
+        return hasattr(self.model, "set_requires_gradient_sync")
 
     @torch.no_grad()
     def _first_pass(self, parts: list[Part]) -> tuple[list["_RandomState"], list[Tensor]]:
-        """Return the random state before each part, and features and scale of the whole batch."""
-        states, images, texts = [], [], []
-        for image, text in parts:
-            states.append(_RandomState(image, text))
-            image_features, text_features, logit_scale = self.model(image=image, text=text)
-            images += [] if image is None else [image_features]
-            texts += [] if text is None else [text_features]
+        """Return the random state before each part, and the features of the whole batch followed by the scalars."""
+        states, outputs = [], []
+        for part in parts:
+            states.append(_RandomState(*part.inputs))
+            outputs.append(self._forward(part))
         # Older torch keeps the weights that autocast has cast here, without a graph: used again, they would get no
         # gradient (pytorch pull request 165068).
         torch.clear_autocast_cache()
-        return states, [torch.cat(images), torch.cat(texts), logit_scale]
+        lengths = zip(*(part.lengths for part in parts), strict=True)
+        features = [
+            torch.cat([x[:length] for x, length in zip(column, counted, strict=True) if x is not None])
+            for column, counted in zip(zip(*outputs, strict=True), lengths, strict=False)
+        ]
+        return states, [*features, *outputs[-1][len(self.towers) :]]
 
     def _loss_and_gradients(
-        self, features: list[Tensor], labels: Tensor | None, text_index: Tensor | None, scale: Scale
+        self, outputs: list[Tensor], labels: Tensor | None, scale: Scale
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the loss, and its gradients for ``features`` in their dtypes, summed in at least float32."""
-        leaves = [x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for x in features]
-        images, texts, logit_scale = leaves
-        if text_index is not None:
-            texts = texts.index_select(0, text_index)
-        loss = self.loss(images, texts, logit_scale, *([] if labels is None else [labels]))
+        """Return the loss, and its gradients for ``outputs`` in their dtypes, summed in at least float32."""
+        leaves = [x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for x in outputs]
+        loss = self.loss(*leaves, *([] if labels is None else [labels]))
         scaled = scale(loss) if callable(scale) else loss * scale
         with torch.autocast(loss.device.type, enabled=False):
             gradients = torch.autograd.grad(scaled, leaves, allow_unused=True, materialize_grads=True)
-        return loss.detach(), [grad.to(x.dtype) for grad, x in zip(gradients, features, strict=True)]
+        return loss.detach(), [grad.to(x.dtype) for grad, x in zip(gradients, outputs, strict=True)]
 
     def _second_pass(self, parts: list[Part], states: list["_RandomState"], gradients: list[Tensor]) -> None:
         """Run every part forward with its masks of the first pass, and backward with its rows of ``gradients``."""
-        dimages, dtexts, dscale = gradients
-        image_rows = dimages.split([_length(image) for image, _ in parts])
-        text_rows = dtexts.split([_length(text) for _, text in parts])
+        features, scalars = gradients[: len(self.towers)], gradients[len(self.towers) :]
+        lengths = zip(*(part.lengths for part in parts), strict=True)
+        rows = list(zip(*(grad.split(counted) for grad, counted in zip(features, lengths, strict=True)), strict=True))
         with torch.random.fork_rng(devices=states[0].devices):
-            for number, (image, text) in enumerate(parts):
+            for number, part in enumerate(parts):
                 last = number == len(parts) - 1
                 states[number].restore()
                 with self._synchronised(last):
-                    outputs = self.model(image=image, text=text)
-                    _backward(outputs, (image_rows[number], text_rows[number], dscale if last else None))
+                    _backward(self._forward(part), (*rows[number], *(scalars if last else [None] * len(scalars))))
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
+        """Return a context in which the wrapper's processes exchange gradients only if this is the last part."""
+        if self._is_fsdp:
+            self.model.set_requires_gradient_sync(last)
+            return nullcontext()
         return nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync()
 
 
@@ -148,9 +180,12 @@ class _RandomState:
 
 
 def _backward(outputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> None:
-    """Go backward from those outputs that have a gradient to pass on; a frozen tower has none."""
+    """Go backward from those outputs that have a gradient to pass on; a frozen tower has none.
+
+    A row that does not count gets zeros.
+    """
     pairs = [
-        (output, gradient)
+        (output, gradient if gradient.shape == output.shape else torch.zeros_like(output))
         for output, gradient in zip(outputs, gradients, strict=True)
         if output is not None and gradient is not None and output.requires_grad
     ]
@@ -159,24 +194,16 @@ def _backward(outputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None
             torch.autograd.backward(*zip(*pairs, strict=True))
 
 
-def _cut(x: Tensor, count: int) -> list[Tensor | None]:
-    """Cut ``x`` into ``count`` even parts, the last never empty; an empty one is None."""
+def _cut(x: Tensor, count: int) -> list[Tensor]:
+    """Cut ``x`` into ``count`` even parts, the last never empty."""
     bounds = [len(x) * part // count for part in range(count + 1)]
-    return [x[start:end] if start < end else None for start, end in itertools.pairwise(bounds)]
+    return [x[start:end] for start, end in itertools.pairwise(bounds)]
 
 
-def _length(x: Tensor | None) -> int:
-    return 0 if x is None else len(x)
-
-
-def _check_step(images: Tensor, texts: Tensor, text_index: Tensor | None) -> None:
-    if len(images) == 0 or len(texts) == 0:
-        raise ValueError(f"images and texts must not be empty, got {len(images)} images and {len(texts)} texts")
-    if text_index is None and len(texts) != len(images):
-        raise ValueError(
-            f"texts must hold one text per image, {len(images)}, unless text_index spreads them; got {len(texts)}"
-        )
-    if text_index is not None and (text_index.dtype != torch.int64 or text_index.shape != images.shape[:1]):
-        raise ValueError(
-            f"text_index must be int64 of shape ({len(images)},), got {text_index.dtype} of {tuple(text_index.shape)}"
-        )
+def _greatest_of_ranks(count: int, model: nn.Module) -> int:
+    """Return the greatest ``count`` of the ranks over which FSDP2 has spread ``model``."""
+    mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    greatest = torch.tensor(count, device=mesh.device_type)
+    for group in mesh.get_all_groups():
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=group)
+    return int(greatest)

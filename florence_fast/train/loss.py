@@ -1,4 +1,4 @@
-"""UniCL's bidirectional contrastive loss as a module, over the joined batch of all processes (paper section 2.2).
+"""Contrastive losses as modules, over the joined batch of all processes (paper section 2.2; SigLIP).
 
 Letters: B pairs of all ranks together · b pairs of this rank · W number of ranks · D embedding dim
 """
@@ -8,40 +8,76 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from florence_fast.errors import unknown
+from florence_fast.ops import _backend
+from florence_fast.ops._contrastive_checks import check_features, check_labels, check_scalar
 from florence_fast.ops.contrastive_loss import (
-    REDUCTIONS,
-    check_contrastive_loss,
+    Statistics,
+    check_reduction,
     contrastive_loss,
     contrastive_statistics,
     join_directions,
+    positive_weight,
 )
+from florence_fast.ops.sigmoid_loss import sigmoid_loss, sigmoid_loss_of_rows
 from florence_fast.train.distributed import (
     all_gather_rows,
     gather_counts,
     gather_features,
+    join_over_ranks,
     logsumexp_over_ranks,
     rank,
     scale_gradient,
     sum_over_ranks,
     world_size,
 )
+from florence_fast.train.ring import ring_sigmoid_loss, ring_statistics
 
-GATHERS = ("all_gather",)
+GATHERS = ("all_gather", "ring")
 
 
-class ContrastiveLoss(nn.Module):
+class _JoinedLoss(nn.Module):
+    """What losses over the pairs of every process have in common: each rank compares its own images with all texts."""
+
+    def __init__(self, chunk_size: int | None, gather: str, process_group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        if gather not in GATHERS:
+            raise unknown("gather", gather, GATHERS)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.chunk_size = chunk_size
+        self.gather = gather
+        self.process_group = process_group
+
+    def _count(self, texts: Tensor) -> list[int]:
+        counts = gather_counts(texts, self.process_group)
+        if sum(counts) == 0:
+            raise ValueError("image_features must hold at least one pair on some rank, got none on any")
+        return counts
+
+    def _labels(self, texts: Tensor, labels: Tensor | None, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the labels of this rank's pairs and those of all."""
+        if labels is None:
+            everyone, me = torch.arange(sum(counts), device=texts.device), rank(self.process_group)
+            return everyone.split(counts)[me], everyone
+        return labels, all_gather_rows(labels, counts, self.process_group)
+
+    def extra_repr(self) -> str:
+        return f"chunk_size={self.chunk_size}, gather={self.gather!r}"
+
+
+class ContrastiveLoss(_JoinedLoss):
     """The loss of ``ops.contrastive_loss`` over the pairs of every process.
 
     Every rank returns the loss of the whole joined batch. Its gradients are W times that loss's derivative with
     respect to the rank's own features, and W times the rank's share of the scale's, so the mean over ranks that
     DistributedDataParallel takes is the exact gradient of the returned number, for unequal batches too.
-    Each rank computes its own images against all texts once: texts travel once each way, and of the columns only
-    B maxima and sums.
+    Of the columns only B maxima and sums are reduced over the ranks.
 
     Args:
-        reduction: "mean_directions" (half the sum of both directions, as open_clip) or "sum_directions" (the paper).
+        reduction: as in ``ops.contrastive_loss``: "mean_directions" (half the sum of both directions, as open_clip),
+            "sum_directions" (the paper) or "image_to_text".
         chunk_size: edge of the tiles of logits; by default the op chooses.
-        gather: how features travel; "all_gather" holds the B texts of all ranks on each.
+        gather: how texts travel. "all_gather" holds the B of all ranks on each; "ring" those of one rank at a time.
         process_group: whose ranks join their batches; by default all.
 
     Raises:
@@ -57,17 +93,9 @@ class ContrastiveLoss(nn.Module):
         gather: str = "all_gather",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
-        if reduction not in REDUCTIONS:
-            raise unknown("reduction", reduction, REDUCTIONS)
-        if gather not in GATHERS:
-            raise unknown("gather", gather, GATHERS)
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        super().__init__(chunk_size, gather, process_group)
+        check_reduction(reduction)
         self.reduction = reduction
-        self.chunk_size = chunk_size
-        self.gather = gather
-        self.process_group = process_group
 
     def forward(
         self,
@@ -93,37 +121,100 @@ class ContrastiveLoss(nn.Module):
             ValueError: shapes or labels as in ``ops.contrastive_loss``; an empty joined batch.
         """
         if world_size(self.process_group) == 1:
-            loss = contrastive_loss(
-                image_features,
-                text_features,
-                logit_scale,
-                labels,
-                reduction=self.reduction,
-                chunk_size=self.chunk_size,
-            )
+            options = {"reduction": self.reduction, "chunk_size": self.chunk_size}
+            loss = contrastive_loss(image_features, text_features, logit_scale, labels, **options)
         else:
             loss = self._joined_loss(image_features, text_features, logit_scale, labels)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _joined_loss(self, images: Tensor, texts: Tensor, scale: Tensor | float, labels: Tensor | None) -> Tensor:
         group = self.process_group
-        scale = check_contrastive_loss(images, texts, scale, labels, self.reduction, self.chunk_size, may_be_empty=True)
-        counts = gather_counts(texts, group)
-        first, total = sum(counts[: rank(group)]), sum(counts)
-        if total == 0:
-            raise ValueError("image_features must hold at least one pair on some rank, got none on any")
-        if labels is None:
-            all_labels = torch.arange(total, device=images.device)
-            labels = all_labels[first : first + len(images)]
+        scale = check_features(images, texts, scale, self.chunk_size, may_be_empty=True)
+        check_labels(images, texts, labels, None)
+        counts = self._count(texts)
+        labels, all_labels = self._labels(texts, labels, counts)
+        weight = positive_weight(labels, all_labels, torch.promote_types(images.dtype, torch.float32))
+        if self.gather == "ring":
+            backend = _ring_backend("contrastive_loss", images, texts, scale, labels)
+            options = {"chunk_size": self.chunk_size, "backend": backend, "group": group}
+            found = ring_statistics(images, texts, scale, labels, all_labels, weight, counts, **options)
         else:
-            all_labels = all_gather_rows(labels, counts, group)
-        all_texts = gather_features(texts, group, counts)
-        row_lse, col_lse, positive = contrastive_statistics(
-            images, all_texts, scale, labels, all_labels, chunk_size=self.chunk_size
-        )
-        row_lse, positive = sum_over_ranks(torch.stack([row_lse.sum(), positive.sum()]), group) / total
-        col_lse = logsumexp_over_ranks(col_lse, group).mean()
-        return scale_gradient(join_directions(row_lse, col_lse, positive, self.reduction), world_size(group))
+            all_texts = gather_features(texts, group, counts)
+            tensors = (images, all_texts, scale, labels, all_labels, weight)
+            found = contrastive_statistics(*tensors, chunk_size=self.chunk_size)
+        # From here on every rank computes the same: what rows know is joined, what columns know is reduced.
+        of_rows = torch.stack([found.row_top, found.row_rest, found.positive], 1)
+        row_top, row_rest, positive = join_over_ranks(of_rows, counts, group).unbind(1)
+        col_top, col_rest = logsumexp_over_ranks(found.col_top, found.col_rest, group)
+        everything = Statistics(row_top, row_rest, col_top, col_rest, positive)
+        return scale_gradient(join_directions(everything, positive, self.reduction), world_size(group))
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, chunk_size={self.chunk_size}, gather={self.gather!r}"
+        return f"reduction={self.reduction!r}, {super().extra_repr()}"
+
+
+class SigmoidLoss(_JoinedLoss):
+    """The loss of ``ops.sigmoid_loss`` (SigLIP) over the pairs of every process, with the gradients of all.
+
+    Args:
+        chunk_size: edge of the tiles of logits; by default the op chooses.
+        gather: how texts travel, as in ``ContrastiveLoss``; "ring" is SigLIP's own way.
+        process_group: whose ranks join their batches; by default all.
+
+    Raises:
+        ValueError: a gather that is not known, or a chunk size below 1.
+
+    >>> loss = SigmoidLoss(gather="ring")(image_features, text_features, logit_scale, logit_bias)
+    """
+
+    def __init__(
+        self,
+        chunk_size: int | None = None,
+        gather: str = "all_gather",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(chunk_size, gather, process_group)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float,
+        labels: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Return the loss of the joined batch, or ``{"contrastive_loss": loss}`` as open_clip does.
+
+        Arguments, result and errors as in ``ContrastiveLoss``; ``logit_bias`` is added to every logit.
+        """
+        if world_size(self.process_group) == 1:
+            tensors = (image_features, text_features, logit_scale, logit_bias, labels)
+            loss = sigmoid_loss(*tensors, chunk_size=self.chunk_size)
+        else:
+            loss = self._joined_loss(image_features, text_features, logit_scale, logit_bias, labels)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _joined_loss(
+        self, images: Tensor, texts: Tensor, scale: Tensor | float, bias: Tensor | float, labels: Tensor | None
+    ) -> Tensor:
+        group = self.process_group
+        scale = check_features(images, texts, scale, self.chunk_size, may_be_empty=True)
+        bias = check_scalar("logit_bias", bias, images)
+        check_labels(images, texts, labels, None)
+        counts = self._count(texts)
+        labels, all_labels = self._labels(texts, labels, counts)
+        if self.gather == "ring":
+            options = {"chunk_size": self.chunk_size, "backend": _ring_backend("sigmoid_loss", images)}
+            of_rows = ring_sigmoid_loss(images, texts, scale, bias, labels, all_labels, counts, group=group, **options)
+        else:
+            all_texts = gather_features(texts, group, counts)
+            tensors = (images, all_texts, scale, bias, labels, all_labels)
+            of_rows = sigmoid_loss_of_rows(*tensors, chunk_size=self.chunk_size)
+        return scale_gradient(sum_over_ranks(of_rows.sum(), group) / sum(counts), world_size(group))
+
+
+def _ring_backend(op: str, *args: Tensor) -> str:
+    """Return what computes the blocks of a ring; the definition knows no blocks, and the library stands in for it."""
+    backend = _backend.choose(op, *args)
+    return "torch" if backend == "reference" else backend

@@ -3,6 +3,7 @@
 Letters: B pairs of a batch · T distinct texts among them · L length of the longest of these texts · D embedding dim
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -88,17 +89,21 @@ class ContrastiveStep:
 
     def _backward(self, batch: Prepared, scaler: torch.amp.GradScaler) -> Tensor:
         if self.config.micro_batch_size is not None:
-            cache = GradCache(self.model, self._loss, self.config.micro_batch_size)
+            loss = functools.partial(self._loss, batch.which)
+            cache = GradCache(self.model, loss, self.config.micro_batch_size)
             with self.autocast():
-                return cache.step(batch.images, batch.tokens, batch.labels, batch.which, scale=scaler.scale)
+                return cache.step(batch.images, batch.tokens, labels=batch.labels, scale=scaler.scale)
         with self.autocast():
-            images, texts, logit_scale = self.model(batch.images, batch.tokens)
-        loss = self._loss(images, texts.index_select(0, batch.which), logit_scale, batch.labels)
+            outputs = self.model(batch.images, batch.tokens)
+        loss = self._loss(batch.which, *outputs, batch.labels)
         scaler.scale(loss).backward()
         return loss.detach()
 
-    def _loss(self, images: Tensor, texts: Tensor, logit_scale: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.loss(images.float(), texts.float(), logit_scale.float(), labels)
+    def _loss(
+        self, which: Tensor, images: Tensor, texts: Tensor, logit_scale: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        texts = texts.float().index_select(0, which)
+        return self.loss(images.float(), texts, logit_scale.float(), labels)
 
 
 def plain_images(model: nn.Module, device: torch.device) -> Augment:

@@ -62,6 +62,7 @@ def subjects() -> dict[str, Subject]:
         window_attention.SUBJECT,
         window_attention_partitioned.SUBJECT,
         contrastive_loss.SUBJECT,
+        contrastive_loss.SIGMOID,
         deform_conv2d.SUBJECT,
     )
     known += (*rows.SUBJECTS, *merging.SUBJECTS)

@@ -17,6 +17,7 @@ from florence_fast.ops.contrastive_loss import (
     contrastive_loss_reference,
     contrastive_statistics,
     contrastive_statistics_reference,
+    positive_weight,
 )
 
 F64 = torch.float64
@@ -97,6 +98,55 @@ def test_without_labels_it_is_the_cross_entropy_of_open_clip():
     torch.testing.assert_close(contrastive_loss(u, v, scale, chunk_size=4), wanted, rtol=1e-13, atol=0)
 
 
+def test_a_loss_near_zero_keeps_its_digits(device):
+    images = F.normalize(torch.randn(64, 32, device=device), dim=-1)
+    texts = F.normalize(images + 0.05 * torch.randn(64, 32, device=device), dim=-1)
+    scale = torch.tensor(60.0, device=device)
+    exact = contrastive_loss_reference(images.double(), texts.double(), scale.double())
+    plain = contrastive_loss_reference(images, texts, scale)
+    error, allowed = (abs(x - exact) / exact for x in (contrastive_loss(images, texts, scale, chunk_size=24), plain))
+    assert exact < 1e-6, f"the pairs are too hard: {exact:.1e}"
+    assert error <= 2 * allowed + 1e-5, f"error {error:.1e}, eager's {allowed:.1e}"
+
+
+# id: (images, texts, labels of images, labels of texts); None is CLIP, texts beyond the images being wrong for all
+ONE_WAY = {
+    "more-texts": (4, 9, None, None),
+    "one-label-for-both": (6, 6, 3, None),
+    "own-labels": (7, 5, 3, 3),
+}
+
+
+@pytest.mark.parametrize("case", ONE_WAY.values(), ids=ONE_WAY)
+def test_one_direction_takes_unequal_numbers(case, device):
+    num_images, num_texts, of_images, of_texts = case
+    u, _, scale, _ = inputs((num_images, 5, None, None), device=device)
+    _, v, _, _ = inputs((num_texts, 5, None, None), device=device)
+    labels = None if of_images is None else torch.arange(num_images, device=device) % of_images
+    text_labels = None if of_texts is None else torch.arange(num_texts, device=device) % of_texts
+    options = {"reduction": "image_to_text", "text_labels": text_labels}
+    got = with_gradients(contrastive_loss, u, v, scale, labels, chunk_size=3, **options)
+    wanted = with_gradients(contrastive_loss_reference, u, v, scale, labels, **options)
+    for x, y in zip(got, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+    if labels is None:
+        own = torch.arange(num_images, device=device)
+        torch.testing.assert_close(got[0], F.cross_entropy(scale * u @ v.T, own), rtol=1e-13, atol=0)
+
+
+def test_both_directions_are_the_mean_of_one_and_of_the_other():
+    u, v, scale, labels = inputs((8, 5, 3, None))
+    one, other = (contrastive_loss(*x, scale, labels, reduction="image_to_text") for x in ((u, v), (v, u)))
+    torch.testing.assert_close(contrastive_loss(u, v, scale, labels), (one + other) / 2, rtol=1e-13, atol=0)
+
+
+def test_an_image_without_a_positive_makes_the_loss_nan():
+    u, v, scale, labels = inputs((4, 5, 2, None))
+    for function in (contrastive_loss, contrastive_loss_reference):
+        loss = function(u, v, scale, labels, text_labels=labels + 1, reduction="image_to_text")
+        assert loss.isnan(), function.__name__
+
+
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)], ids=str)
 def test_each_subset_of_gradients_is_that_of_all(needs):
     u, v, scale, labels = inputs((7, 4, 3, 3))
@@ -121,10 +171,11 @@ def test_statistics_of_some_rows_against_all_columns():
     results = []
     for function, options in ((contrastive_statistics, {"chunk_size": 2}), (contrastive_statistics_reference, {})):
         leaves = [x.detach().clone().requires_grad_() for x in (u[:4], v, scale)]
-        statistics = function(*leaves, labels[:4], labels, **options)
+        statistics = function(*leaves, labels[:4], labels, positive_weight(labels[:4], labels, F64), **options)
         weights = [torch.linspace(-1, 2, len(x), dtype=F64) for x in statistics]
         total = sum((w * x).sum() for w, x in zip(weights, statistics, strict=True))
         results.append([*statistics, *torch.autograd.grad(total, leaves)])
+        assert not statistics.row_top.requires_grad and not statistics.col_top.requires_grad
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
 
@@ -132,9 +183,11 @@ def test_statistics_of_some_rows_against_all_columns():
 def test_no_rows_add_nothing_to_the_columns():
     u, v, scale, labels = inputs((6, 4, 3, None))
     u, v = u[:0].requires_grad_(), v.requires_grad_()
-    row_lse, col_lse, positive = contrastive_statistics(u, v, scale, labels[:0], labels)
-    assert len(row_lse) == len(positive) == 0 and (col_lse == -torch.inf).all()
-    du, dv = torch.autograd.grad(col_lse.exp().sum(), (u, v))
+    none = labels[:0]
+    got = contrastive_statistics(u, v, scale, none, labels, positive_weight(none, labels, F64))
+    assert len(got.row_top) == len(got.row_rest) == len(got.positive) == 0
+    assert (got.col_top == -torch.inf).all() and (got.col_rest == -torch.inf).all()
+    du, dv = torch.autograd.grad(got.col_rest.exp().sum(), (u, v))
     assert du.shape == (0, 4) and torch.equal(dv, torch.zeros(6, 4, dtype=F64))
 
 
@@ -200,14 +253,19 @@ def test_two_runs_are_equal_to_the_bit(device):
 def test_opcheck(device):
     u, v, scale, labels = inputs((6, 4, 3, None), torch.float32, device)
     tensors = [x.requires_grad_() for x in (u, v, scale)]
-    torch.library.opcheck(torch.ops.florence_fast.contrastive_loss.default, (*tensors, labels, labels, 4, "torch"))
+    weight = positive_weight(labels, labels, torch.float32)
+    torch.library.opcheck(
+        torch.ops.florence_fast.contrastive_loss.default, (*tensors, labels, labels, weight, 4, "torch")
+    )
 
 
 @pytest.mark.parametrize("needs", [[True] * 3, [False, True, False]], ids=["all", "texts-alone"])
 def test_opcheck_of_the_backward_with_strided_features(needs):
     u, v, scale, labels = inputs((6, 4, 3, None), torch.float32)
     u, v = (x.T.contiguous().T for x in (u, v))
-    arguments = (torch.randn(18), u, v, scale, labels, labels, torch.randn(12), [*needs, False, False], 4, "torch")
+    none = [False] * 3
+    tensors = (u, v, scale, labels, labels, torch.rand(6), torch.randn(12), torch.randn(12))
+    arguments = (torch.randn(18), *tensors, [*needs, *none], 4, "torch")
     torch.library.opcheck(torch.ops.florence_fast.contrastive_loss_backward.default, arguments)
 
 
@@ -245,6 +303,7 @@ def test_the_table_of_ops_can_call_it(device):
 
 U = torch.eye(4)
 Y = torch.arange(4)
+ONE = {"reduction": "image_to_text"}
 BAD = {
     "no-tensor": ((None, U, 1.0), {}, TypeError, "image_features must be a floating-point tensor, got NoneType"),
     "integers": ((U, U.long(), 1.0), {}, TypeError, "text_features must be a floating-point tensor, got torch.int64"),
@@ -263,6 +322,22 @@ BAD = {
     "labels-list": ((U, U, 1.0, [1, 2, 3, 4]), {}, TypeError, "labels must be an int64 tensor, got list"),
     "labels-shape": ((U, U, 1.0, Y[:3]), {}, ValueError, r"labels must have shape \(4,\) on cpu, got \(3,\)"),
     "reduction": ((U, U, 1.0), {"reduction": "mean_direction"}, ValueError, "did you mean 'mean_directions'"),
+    "two-ways-two-labels": (
+        (U, U, 1.0, Y),
+        {"text_labels": Y},
+        ValueError,
+        "text_labels must be None for a loss of both",
+    ),
+    "text-labels-alone": ((U, U, 1.0), {"text_labels": Y, **ONE}, ValueError, "labels must be given when text_labels"),
+    "text-labels-shape": (
+        (U, U[:3], 1.0, Y),
+        {"text_labels": Y, **ONE},
+        ValueError,
+        r"text_labels must have shape \(3,\) on cpu, got \(4,\)",
+    ),
+    "no-text-labels": ((U, U[:3], 1.0, Y), ONE, ValueError, "text_labels must be given, one for each of the 3 texts"),
+    "too-few-texts": ((U, U[:3], 1.0), ONE, ValueError, "text_features must hold at least the 4 texts"),
+    "one-way-width": ((U, U[:, :3], 1.0), ONE, ValueError, r"text_features must have shape \(N, 4\), got \(4, 3\)"),
     "chunk": ((U, U, 1.0), {"chunk_size": 0}, ValueError, "chunk_size must be a positive int, got 0"),
 }
 

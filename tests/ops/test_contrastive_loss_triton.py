@@ -19,7 +19,11 @@ from torch import Tensor
 from florence_fast import ops
 from florence_fast.kernels.targets import H200, assume
 from florence_fast.ops import _contrastive_loss_triton
-from florence_fast.ops.contrastive_loss import contrastive_statistics, contrastive_statistics_reference
+from florence_fast.ops.contrastive_loss import (
+    contrastive_statistics,
+    contrastive_statistics_reference,
+    positive_weight,
+)
 
 # A kernel's loss is a mean of differences of logits: their rounding, not the loss's own, is what it cannot go below.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
@@ -60,7 +64,9 @@ CASES = {
 }
 
 
-def wide(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, labels: Tensor | None, **_: Any) -> Tensor:
+def wide(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, labels: Tensor | None = None, **_: Any
+) -> Tensor:
     """Compute the loss with all its logits in the dtype of the features, as one would write it in PyTorch."""
     logits = logit_scale.to(image_features.dtype) * image_features @ text_features.T
     same = torch.eye(len(logits)).bool().to(logits.device) if labels is None else labels[:, None] == labels
@@ -109,6 +115,25 @@ def test_the_tiles_of_hopper(name: str) -> None:
         check(CASES[name], torch.float16, "cpu")
 
 
+def test_a_loss_near_zero_keeps_its_digits(device: str) -> None:
+    tensors, options = Case(90, 32, scale=60.0, noise=0.05).make(torch.float32, device)
+    exact_tensors = {name: x.detach().double() for name, x in tensors.items()}
+    exact = ops.contrastive_loss_reference(**exact_tensors, **options)
+    assert exact < 1e-6, f"the pairs are too hard: {exact:.1e}"
+    assert relative_error(kernels(**tensors, **options), exact) <= 2 * relative_error(wide(**tensors), exact) + 1e-5
+
+
+def test_one_direction_of_unequal_numbers(device: str) -> None:
+    tensors, _ = Case(150, 24).make(torch.float32, device)
+    tensors["image_features"] = tensors["image_features"].detach()[:70].requires_grad_()
+    text_labels = torch.randint(30, (150,), device=device)
+    options = {"labels": text_labels[-70:], "text_labels": text_labels, "reduction": "image_to_text"}
+    exact_tensors = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+    exact = run(ops.contrastive_loss_reference, exact_tensors, options)
+    for name, x in run(kernels, tensors, options).items():
+        assert relative_error(x, exact[name]) < 1e-5, name
+
+
 @given(batch=st.integers(1, 150), dim=st.integers(1, 70), names=st.none() | st.integers(1, 60))
 def test_any_size(batch: int, dim: int, names: int | None) -> None:
     tensors, options = Case(batch, dim, names).make(torch.float32, "cpu")
@@ -146,13 +171,14 @@ def test_statistics_of_some_rows_against_all_columns(num_rows: int, num_cols: in
     scale = torch.tensor(2.0, device=device)
     inputs = [x.requires_grad_() for x in (rows, cols, scale)]
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    exact = contrastive_statistics_reference(*exact_inputs, row_labels, col_labels)
+    weight = positive_weight(row_labels, col_labels, torch.float32)
+    exact = contrastive_statistics_reference(*exact_inputs, row_labels, col_labels, weight.double())
     with ops.backend("triton"):
-        ours = contrastive_statistics(*inputs, row_labels, col_labels)
+        ours = contrastive_statistics(*inputs, row_labels, col_labels, weight)
     weights = [torch.randn_like(x) for x in ours]
     for x, y in zip(ours, exact, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
-    used = [k for k, x in enumerate(ours) if x.numel() and x.isfinite().all()]
+    used = [k for k, x in enumerate(ours) if x.requires_grad and x.numel() and x.isfinite().all()]
     if not used:
         return
     ours_sum, exact_sum = (sum((x[k] * weights[k].to(x[k].dtype)).sum() for k in used) for x in (ours, exact))
@@ -193,7 +219,7 @@ def test_opcheck(train: bool, device: str) -> None:
     tensors, _ = replace(CASES["unicl-in-chunks"], batch=40).make(torch.float32, device)
     labels = torch.randint(9, (40,), device=device)
     inputs = [x.detach().requires_grad_(train) for x in tensors.values()]
-    arguments = (*inputs, labels, labels, 20, "triton")
+    arguments = (*inputs, labels, labels, positive_weight(labels, labels, torch.float32), 20, "triton")
     torch.library.opcheck(torch.ops.florence_fast.contrastive_loss.default, arguments)
 
 

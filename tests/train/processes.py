@@ -1,4 +1,4 @@
-"""Three processes that are started once and then run whatever the tests ask for, in groups of 1, 2 or 3.
+"""Four processes that are started once and then run whatever the tests ask for, in groups of 1, 2, 3 or 4.
 
 Starting a process costs seconds, nearly all of it importing torch; running a test in it costs milliseconds.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-NUM_PROCESSES = 3
+NUM_PROCESSES = 4
 TIMEOUT_SECONDS = 60
 START_SECONDS = 300
 """Importing may have to share its cores; what runs afterwards is tiny."""

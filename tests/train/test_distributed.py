@@ -37,9 +37,12 @@ def collectives(group: dist.ProcessGroup) -> dict[str, Tensor]:
     (gathered * weights_of(rank)).sum().backward()
 
     partial = partial_of(rank).requires_grad_()
-    total, joined = distributed.sum_over_ranks(partial[:1], group), distributed.logsumexp_over_ranks(partial, group)
+    total = distributed.sum_over_ranks(partial[:1], group)
+    top, rest = distributed.logsumexp_over_ranks(partial.detach(), partial - partial.detach().clamp_min(-1e3), group)
     (dsum,) = torch.autograd.grad((total * 3).sum(), partial)
-    (djoined,) = torch.autograd.grad((joined * torch.tensor([1.0, 2.0, 3.0])).sum(), partial)
+    (djoined,) = torch.autograd.grad((rest * torch.tensor([1.0, 2.0, 3.0])).sum(), partial)
+    same = distributed.join_over_ranks(rows, COUNTS, group)
+    (dsame,) = torch.autograd.grad((same * weights_of(0)).sum(), rows)
     return {
         "counts": torch.tensor(distributed.gather_counts(rows, group)),
         "identity": torch.tensor([rank, distributed.world_size(group)]),
@@ -48,7 +51,9 @@ def collectives(group: dist.ProcessGroup) -> dict[str, Tensor]:
         "drows": rows.grad,
         "total": total.detach(),
         "dsum": dsum,
-        "joined": joined.detach(),
+        "joined": (top + rest).detach(),
+        "same": same.detach(),
+        "dsame": dsame,
         "djoined": djoined,
     }
 
@@ -91,10 +96,18 @@ def test_logsumexp_over_ranks_weighs_each_rank_by_its_share(results):
         torch.testing.assert_close(result["djoined"], grad, rtol=1e-14, atol=0)
 
 
+@pytest.mark.dist
+def test_what_every_rank_computes_alike_needs_no_gradient_from_others(results):
+    for result, wanted in zip(results, weights_of(0).split(COUNTS), strict=True):
+        assert torch.equal(result["same"], torch.cat([rows_of(r) for r in range(3)]))
+        assert torch.equal(result["dsame"], wanted)
+
+
 def test_alone_nothing_is_sent_and_nothing_is_copied():
     x = torch.ones(3, 2, requires_grad=True)
     assert distributed.gather_features(x) is x
-    assert distributed.sum_over_ranks(x) is x and distributed.logsumexp_over_ranks(x) is x
+    assert distributed.sum_over_ranks(x) is x and distributed.join_over_ranks(x, [3]) is x
+    assert distributed.logsumexp_over_ranks(x, x) == (x, x)
     assert (distributed.rank(), distributed.world_size(), distributed.is_distributed()) == (0, 1, False)
     distributed.barrier()
 

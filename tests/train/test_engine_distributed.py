@@ -13,10 +13,11 @@ from torch import Tensor
 from florence_fast.train.config import Stage
 from florence_fast.train.engine import Trainer
 from florence_fast.train.step import plain_images
-from tests.train.processes import Processes
+from tests.train.processes import NUM_PROCESSES, Processes
 from tests.train.tiny_run import losses, tiny_model, tiny_trainer, write_pairs
 
 pytestmark = pytest.mark.dist
+PER_RANK, JOINED = 9, 9 * NUM_PROCESSES
 STAGES = (Stage(3, 16), Stage(2, 32, augment_text=False, window_size=3))
 
 
@@ -39,8 +40,8 @@ def train(group: dist.ProcessGroup, pairs: Path, out_dir: Path, batch_size: int,
 
 
 def train_cached(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tuple[dict, dict]:
-    """Train on this rank in parts of 5 pictures."""
-    return _run(pairs, out_dir, 12, micro_batch_size=5)
+    """Train on this rank in parts of 4 pictures."""
+    return _run(pairs, out_dir, PER_RANK, micro_batch_size=4)
 
 
 def train_and_stop(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tuple[dict, dict]:
@@ -50,7 +51,7 @@ def train_and_stop(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tupl
         if dist.get_rank() == 1 and record["step"] == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    return _run(pairs, out_dir, 12, on_interval=stop_rank_1)
+    return _run(pairs, out_dir, PER_RANK, on_interval=stop_rank_1)
 
 
 def train_damaged(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tuple[dict, dict]:
@@ -61,47 +62,47 @@ def train_damaged(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tuple
         broken = dist.get_rank() == 2 and step == 1
         return plain(images, image_size, seed, step) * (torch.nan if broken else 1.0)
 
-    return _run(pairs, out_dir, 12, augment=damage)
+    return _run(pairs, out_dir, PER_RANK, augment=damage)
 
 
 @pytest.mark.parametrize("function", [train, train_cached])
-def test_three_processes_have_the_losses_of_one(
+def test_four_processes_have_the_losses_of_one(
     processes: Processes, pairs: Path, tmp_path: Path, function: Any
 ) -> None:
-    arguments = (12,) if function is train else ()
-    answers = processes.run(function, 3, pairs, tmp_path / "three", *arguments)
-    alone, weights = _run(pairs, tmp_path / "one", 36)
+    arguments = (PER_RANK,) if function is train else ()
+    answers = processes.run(function, NUM_PROCESSES, pairs, tmp_path / "four", *arguments)
+    alone, weights = _run(pairs, tmp_path / "one", JOINED)
     for step, values in losses(tmp_path / "one").items():
-        for expected, value in zip(values.split(), losses(tmp_path / "three")[step].split(), strict=True):
+        for expected, value in zip(values.split(), losses(tmp_path / "four")[step].split(), strict=True):
             assert float.fromhex(value) == pytest.approx(float.fromhex(expected), rel=1e-3), f"step {step}"
     for rank, (result, own_weights) in enumerate(answers):
-        assert result["position"] == alone["position"] == 5 * 36
+        assert result["position"] == alone["position"] == 5 * JOINED
         for name, weight in own_weights.items():
             assert torch.equal(weight, answers[0][1][name]), f"rank {rank}: {name}"
             torch.testing.assert_close(weight, weights[name], rtol=1e-2, atol=1e-3, msg=name)
 
 
-def test_one_process_goes_on_where_three_were(processes: Processes, pairs: Path, tmp_path: Path) -> None:
-    processes.run(train_and_stop, 3, pairs, tmp_path / "run")
-    result, _ = _run(pairs, tmp_path / "run", 36, resume="latest")
-    _run(pairs, tmp_path / "one", 36)
-    assert result["position"] == 5 * 36
+def test_one_process_goes_on_where_four_were(processes: Processes, pairs: Path, tmp_path: Path) -> None:
+    processes.run(train_and_stop, NUM_PROCESSES, pairs, tmp_path / "run")
+    result, _ = _run(pairs, tmp_path / "run", JOINED, resume="latest")
+    _run(pairs, tmp_path / "one", JOINED)
+    assert result["position"] == 5 * JOINED
     first = {step: float.fromhex(values.split()[0]) for step, values in losses(tmp_path / "one").items()}
     joined = {step: float.fromhex(values.split()[0]) for step, values in losses(tmp_path / "run").items()}
     assert joined == pytest.approx(first, rel=1e-3)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(processes: Processes, pairs: Path, tmp_path: Path) -> None:
-    answers = [result for result, _ in processes.run(train_and_stop, 3, pairs, tmp_path)]
-    assert [(r["status"], r["step"]) for r in answers] == [("stopped", 3)] * 3
-    assert [r["signal"] for r in answers] == [None, "SIGTERM", None]
+    answers = [result for result, _ in processes.run(train_and_stop, NUM_PROCESSES, pairs, tmp_path)]
+    assert [(r["status"], r["step"]) for r in answers] == [("stopped", 3)] * NUM_PROCESSES
+    assert [r["signal"] for r in answers] == [None, "SIGTERM", None, None]
     assert {r["checkpoint"] for r in answers} == {str(tmp_path / "checkpoints" / "step_3.pt")}
     assert (tmp_path / "checkpoints" / "step_3.pt").is_file()
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(processes: Processes, pairs: Path, tmp_path: Path) -> None:
-    answers = processes.run(train_damaged, 3, pairs, tmp_path)
-    assert [result["skipped_steps"] for result, _ in answers] == [1, 1, 1]
+    answers = processes.run(train_damaged, NUM_PROCESSES, pairs, tmp_path)
+    assert [result["skipped_steps"] for result, _ in answers] == [1] * NUM_PROCESSES
     for _, weights in answers:
         assert all(weight.isfinite().all() for weight in weights.values())
         assert all(torch.equal(weight, answers[0][1][name]) for name, weight in weights.items())

@@ -1,0 +1,77 @@
+"""What the kernels of both contrastive losses need around them: an order by label, and products of gradient chunks.
+
+Letters: R rows (images) · N columns (texts) · D embedding dim · G gradient of a chunk of logits
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from florence_fast.kernels import logit_tiles
+from florence_fast.kernels.targets import target_of
+
+Span = tuple[int, int]
+
+
+class ByLabel:
+    """Rows and columns in the order of their labels, so that positives lie near the diagonal of the logits.
+
+    Labels become numbers of 32 bits in the same order; equal labels have equal numbers.
+    """
+
+    def __init__(self, rows: Tensor, cols: Tensor, row_labels: Tensor, col_labels: Tensor) -> None:
+        everything = torch.cat([row_labels, col_labels]).sort().values
+        self.row_order, self.col_order = row_labels.argsort(stable=True), col_labels.argsort(stable=True)
+        self.rows, self.cols = rows[self.row_order].contiguous(), cols[self.col_order].contiguous()
+        self.row_labels, self.col_labels = (
+            torch.searchsorted(everything, labels[order]).int()
+            for labels, order in ((row_labels, self.row_order), (col_labels, self.col_order))
+        )
+
+
+def unsorted(x: Tensor, order: Tensor) -> Tensor:
+    """Put what is in the order of ``x[order]`` back in its place."""
+    out = torch.empty_like(x)
+    out[order] = x
+    return out
+
+
+def chunked_gradients(
+    ordered: ByLabel,
+    scale: Tensor,
+    needs: list[bool],
+    chunk_size: int,
+    write_grad: Callable[[Span, Span, Tensor], None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of rows (R, D), cols (N, D) and scale (), None where ``needs`` is false.
+
+    ``write_grad(rows from..to, columns from..to, grad)`` writes G of a chunk, whose two products the library adds up.
+    """
+    rows, cols = ordered.rows, ordered.cols
+    size = chunk_size or logit_tiles.best_chunk(rows.shape[1], target_of(rows.device))
+    scratch = rows.new_empty(min(size, len(rows)), min(size, len(cols)))
+    # <rows, G cols> is d scale, so the scale needs the first product too.
+    drows, dcols = (torch.zeros_like(x, dtype=torch.float32) for x in (rows, cols))
+    for first_row in range(0, len(rows), size):
+        for first_col in range(0, len(cols), size):
+            row_end, col_end = min(first_row + size, len(rows)), min(first_col + size, len(cols))
+            grad = scratch[: row_end - first_row, : col_end - first_col]
+            write_grad((first_row, row_end), (first_col, col_end), grad)
+            if needs[0] or needs[2]:
+                _add_product_(drows[first_row:row_end], grad, cols[first_col:col_end])
+            if needs[1]:
+                _add_product_(dcols[first_col:col_end], grad.T, rows[first_row:row_end])
+    return (
+        unsorted(drows * scale.float(), ordered.row_order).to(rows.dtype) if needs[0] else None,
+        unsorted(dcols * scale.float(), ordered.col_order).to(cols.dtype) if needs[1] else None,
+        (rows.float() * drows).sum().to(scale.dtype) if needs[2] else None,
+    )
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b to ``total``, summing in float32."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        total.addmm_(a.float(), b.float())
+    else:
+        total += torch.mm(a, b, out_dtype=torch.float32)
