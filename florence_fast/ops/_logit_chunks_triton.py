@@ -1,4 +1,4 @@
-"""What the kernels of both contrastive losses need around them: an order by label, and products of gradient chunks.
+"""Products of the chunks of a gradient that kernels write: what both contrastive losses share.
 
 Letters: R rows (images) · N columns (texts) · D embedding dim · G gradient of a chunk of logits
 """
@@ -10,31 +10,9 @@ from torch import Tensor
 
 from florence_fast.kernels import logit_tiles
 from florence_fast.kernels.targets import target_of
+from florence_fast.ops._by_label import ByLabel, unsorted
 
 Span = tuple[int, int]
-
-
-class ByLabel:
-    """Rows and columns in the order of their labels, so that positives lie near the diagonal of the logits.
-
-    Labels become numbers of 32 bits in the same order; equal labels have equal numbers.
-    """
-
-    def __init__(self, rows: Tensor, cols: Tensor, row_labels: Tensor, col_labels: Tensor) -> None:
-        everything = torch.cat([row_labels, col_labels]).sort().values
-        self.row_order, self.col_order = row_labels.argsort(stable=True), col_labels.argsort(stable=True)
-        self.rows, self.cols = rows[self.row_order].contiguous(), cols[self.col_order].contiguous()
-        self.row_labels, self.col_labels = (
-            torch.searchsorted(everything, labels[order]).int()
-            for labels, order in ((row_labels, self.row_order), (col_labels, self.col_order))
-        )
-
-
-def unsorted(x: Tensor, order: Tensor) -> Tensor:
-    """Put what is in the order of ``x[order]`` back in its place."""
-    out = torch.empty_like(x)
-    out[order] = x
-    return out
 
 
 def chunked_gradients(

@@ -1,13 +1,14 @@
-"""The sigmoid loss by library calls: one tile of logits at a time, in a scratch of fixed size.
+"""The ``torch`` backend of the sigmoid loss: library calls on one chunk of logits at a time.
 
-Letters: R rows (images) · N columns (texts) · D embedding dim
+Letters: R rows (images) · N columns (texts) · D embedding dim · G gradient of a chunk of logits
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops._contrastive_loss_torch import accumulation_dtype, chunked_gradients, tiles
+from florence_fast.ops._by_label import ByLabel, unsorted
+from florence_fast.ops._logit_chunks_torch import Chunk, Chunks, chunked_gradients
 
 
 def sigmoid_loss_fwd(
@@ -20,13 +21,14 @@ def sigmoid_loss_fwd(
     chunk_size: int,
 ) -> Tensor:
     """Return the loss of every row over all columns, (R,)."""
-    rows, cols, scale, bias = accumulation_dtype(rows, cols, scale, bias)
-    loss = rows.new_zeros(len(rows))
-    for r, c in tiles(len(rows), len(cols), chunk_size):
-        logits = (rows[r] @ cols[c].T).mul_(scale).add_(bias)
-        same = row_labels[r, None] == col_labels[c]
-        loss[r] -= F.logsigmoid(torch.where(same, logits, -logits)).sum(1)
-    return loss
+    ordered = ByLabel(rows, cols, row_labels, col_labels)
+    chunks = Chunks(ordered, scale, chunk_size)
+    loss = chunks.rows.new_zeros(len(rows))
+    for chunk in chunks:
+        logits = chunk.logits.add_(bias).neg_()
+        _turn_positives(chunks, chunk)
+        loss[chunk.rows] -= F.logsigmoid(logits).sum(1)
+    return unsorted(loss, ordered.row_order)
 
 
 def sigmoid_loss_bwd(
@@ -41,15 +43,22 @@ def sigmoid_loss_bwd(
     chunk_size: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of rows (R, D), cols (N, D), scale () and bias (), None where ``needs`` is false."""
-    wide_bias = bias.to(torch.promote_types(rows.dtype, torch.float32))
-    dbias = torch.zeros_like(wide_bias)
+    ordered = ByLabel(rows, cols, row_labels, col_labels)
+    drow, dbias = drow[ordered.row_order], torch.zeros_like(bias, dtype=drow.dtype)
 
-    def write_grad(logits: Tensor, r: slice, c: slice) -> Tensor:
-        sign = torch.where(row_labels[r, None] == col_labels[c], -drow[r, None], drow[r, None])
-        signed = torch.where(row_labels[r, None] == col_labels[c], -logits - wide_bias, logits + wide_bias)
-        grad = signed.sigmoid_().mul_(sign)
-        dbias.add_(grad.sum())
-        return grad
+    def write_grad(chunks: Chunks, chunk: Chunk) -> None:
+        chunk.logits.add_(bias)
+        _turn_positives(chunks, chunk)
+        chunk.logits.sigmoid_().mul_(drow[chunk.rows, None])
+        _turn_positives(chunks, chunk)
+        dbias.add_(chunk.logits.sum())
 
-    grads = chunked_gradients(rows, cols, scale, needs[:3], chunk_size, write_grad)
+    grads = chunked_gradients(ordered, scale, needs[:3], chunk_size, write_grad)
     return *grads, dbias.to(bias.dtype) if needs[3] else None
+
+
+def _turn_positives(chunks: Chunks, chunk: Chunk) -> None:
+    """Turn the sign of what stands at the positives."""
+    for some_rows, some_cols, same in chunks.positives(chunk):
+        part = chunk.logits[some_rows, some_cols]
+        part.copy_(torch.where(same, -part, part))

@@ -73,7 +73,7 @@ def contrastive_loss(
         reduction: "mean_directions", "sum_directions", or "image_to_text" for that direction alone; the other one is
             had by exchanging the arguments.
         chunk_size: edge of the tiles whose gradient is in memory at a time, which takes O(B D + chunk_size^2); by
-            default 1024 in the ``torch`` backend, and in that of the kernels what suits the GPU, up to 8192.
+            default 4096 in the ``torch`` backend, and in that of the kernels what suits the GPU, up to 8192.
 
     Returns:
         The loss, a scalar: float32, or float64 for float64 features. Autocast changes nothing.

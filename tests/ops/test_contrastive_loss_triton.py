@@ -116,11 +116,12 @@ def test_the_tiles_of_hopper(name: str) -> None:
 
 
 def test_a_loss_near_zero_keeps_its_digits(device: str) -> None:
-    tensors, options = Case(90, 32, scale=60.0, noise=0.05).make(torch.float32, device)
+    tensors, options = Case(90, 32, scale=30.0, noise=0.5).make(torch.float32, device)
     exact_tensors = {name: x.detach().double() for name, x in tensors.items()}
     exact = ops.contrastive_loss_reference(**exact_tensors, **options)
-    assert exact < 1e-6, f"the pairs are too hard: {exact:.1e}"
-    assert relative_error(kernels(**tensors, **options), exact) <= 2 * relative_error(wide(**tensors), exact) + 1e-5
+    assert 1e-6 < exact < 1e-3, f"the pairs are too hard or too easy: {exact:.1e}"
+    error, allowed = (abs(x - exact) for x in (kernels(**tensors, **options), wide(**tensors)))
+    assert error <= 2 * allowed + 2e-8, f"error {error:.1e}, plain PyTorch's {allowed:.1e} of {exact:.1e}"
 
 
 def test_one_direction_of_unequal_numbers(device: str) -> None:
