@@ -5,6 +5,7 @@
 #   make test        the quick tests          make test-all   the slow ones too
 #   make budget      every kernel compiled for A100 and H100/H200, without either, and held to its limits
 #   make gpu         everything that waits for a GPU; installs nothing: PYTHON must have PyTorch and Triton
+#   make report      pictures and tables of what was measured, from bench/results
 #   make lint        ruff, rules and format   make clean      forget the environment and every cache
 # PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX adds a package index to look for PyTorch in: its
 # wheels for CPUs, https://download.pytorch.org/whl/cpu, save gigabytes of CUDA on a machine without a GPU.
@@ -15,7 +16,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-long test test-all lint budget gpu clean
+.PHONY: demo demo-long test test-all lint budget gpu report clean
 
 demo: .venv/ready
 	$(BIN)/florence-fast demo --resume --out runs/demo
@@ -35,6 +36,9 @@ budget: .venv/ready
 
 gpu:
 	$(PYTHON) -m bench.gpu
+
+report: .venv/ready
+	$(BIN)/python -m bench.report
 
 lint: .venv/ready
 	$(BIN)/ruff check .

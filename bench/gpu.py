@@ -63,6 +63,7 @@ def main(args: list[str] | None = None) -> int:
         records[stage.name] = run_stage(stage, session)
         if stage.always and records[stage.name]["status"] == "failed":
             break  # the others would have nothing to be set beside
+    write_report(session)
     print_table(records)
     return int(any(record["status"] == "failed" for record in records.values()))
 
@@ -125,6 +126,15 @@ def run_stage(stage: "Stage", session: "Session") -> dict[str, Any]:
     record |= {name: session.facts[name] for name in ("sources", "commit", "date")}
     session.store.put_stage(stage.name, record)
     return record
+
+
+def write_report(session: "Session") -> None:
+    """Draw and write what all runs have measured; a rehearsal's report stays in its folder."""
+    from bench import report
+
+    folder = session.store.path.parent
+    docs = report.DOCS if folder == RESULTS else folder / "docs"
+    report.main(["--results", str(folder), "--docs", str(docs)])
 
 
 def print_table(records: dict[str, dict[str, Any]]) -> None:

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.anchors import load_anchors
+from bench.report_rows import read_devices
+from bench.report_tables import readme_text
 from florence_fast.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +125,11 @@ def budget_ops_table() -> str:
     )
 
 
+def gpu_table() -> str:
+    """What was measured on GPUs, and how our goals stand."""
+    return readme_text(read_devices(RESULTS), load_anchors())
+
+
 OPS_COLUMNS = ("the floor, clocks", "busiest unit, clocks", "stack, bytes", "measured, clocks")
 COLUMNS = ("instructions a warp", "memory, clocks", "busiest unit of that", "stack, bytes", "measured, clocks")
 UNITS = {
@@ -134,7 +142,7 @@ UNITS = {
     "shared": "shared memory",
     "memory": "memory",
 }
-TABLES = {"demo": demo_table, "budget": budget_table, "budget_ops": budget_ops_table}
+TABLES = {"demo": demo_table, "budget": budget_table, "budget_ops": budget_ops_table, "gpu": gpu_table}
 
 
 def fill(text: str) -> str:

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from bench import readme
+from bench.report_rows import Device
 
 TEXT = readme.README.read_text(encoding="utf-8")
 
@@ -20,6 +21,20 @@ def test_a_changed_result_changes_the_table(monkeypatch):
     worse = {"top1": 0.1234, "top5": 0.5, "images": 1, "classes": 2}
     monkeypatch.setattr(readme, "load", lambda name: {**recorded(name), "zero_shot": worse})
     assert "12.3%" in readme.fill(TEXT)
+
+
+def test_a_measured_gpu_takes_the_place_of_not_measured_yet(monkeypatch):
+    row = {
+        "key": "k", "op": "layer_norm", "shape": "maps", "sizes": {}, "dtype": "bf16", "mode": "forward",
+        "competitor": "ours (triton)", "status": "timed", "median": 4.5e-3, "q20": 4e-3, "q80": 5e-3,
+        "device": "NVIDIA A100", "driver": "570",
+    }  # fmt: skip
+    monkeypatch.setattr(readme, "read_devices", lambda folder: [Device("NVIDIA A100", [row])])
+    part = readme.fill(TEXT).split("<!-- gpu:begin -->")[1].split("<!-- gpu:end -->")[0]
+    assert "NVIDIA A100, driver 570; bf16" in part and "| layer_norm | maps | forward | 4.500 |" in part
+    assert "No GPU has run this" not in part
+    monkeypatch.setattr(readme, "read_devices", lambda folder: [])
+    assert "No GPU has run this: not measured yet." in readme.fill(TEXT)
 
 
 def test_missing_markers_are_named():

@@ -1,0 +1,87 @@
+"""Draw and write what was measured: ``python -m bench.report``; ``--check`` only compares.
+
+It reads every results JSON, draws pictures into ``docs``, writes ``bench/results/REPORT.md`` and the README's tables,
+and prints the tables.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from bench import readme
+from bench.anchors import Anchors, load_anchors
+from bench.goals import judge_all
+from bench.report_pictures import draw
+from bench.report_rows import Device, read_devices
+from bench.report_tables import facts_sheet, goals_sheet, op_sheet, report_text
+from florence_fast.files import write_text
+
+RESULTS = readme.RESULTS
+DOCS = readme.ROOT / "docs"
+
+
+def main(args: list[str] | None = None) -> int:
+    """Write the report; the exit code is 1 if ``--check`` finds one that differs, 2 if a file is no result."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (bench/results)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pictures (docs)")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 1 if REPORT.md or the README differ from the results"
+    )
+    options = parser.parse_args(args)
+    try:
+        devices, anchors = read_devices(options.results), load_anchors()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    ours = options.results.resolve() == RESULTS.resolve()
+    if options.check:
+        return check(options.results, devices, anchors, with_readme=ours)
+    if devices and importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed: no pictures; on a machine that has it, run this again")
+    else:
+        for path in (path for device in devices for path in draw(device, anchors, options.docs)):
+            print(f"drawn: {path}")
+    print(f"written: {write_text(options.results / 'REPORT.md', report_text(devices, anchors))}")
+    if ours:  # other results are no matter of this README
+        write_text(readme.README, readme.fill(readme.README.read_text(encoding="utf-8")))
+        print(f"written: {readme.README}")
+    show(devices, anchors)
+    return 0
+
+
+def check(results: Path, devices: list[Device], anchors: Anchors, with_readme: bool) -> int:
+    """Compare what is written with what the results give."""
+    stale = []
+    path = results / "REPORT.md"
+    if not path.is_file() or path.read_text(encoding="utf-8") != report_text(devices, anchors):
+        stale.append(str(path))
+    if with_readme:
+        text = readme.README.read_text(encoding="utf-8")
+        if readme.fill(text) != text:
+            stale.append(str(readme.README))
+    for name in stale:
+        print(f"{name} differs from {results}: run python -m bench.report", file=sys.stderr)
+    return int(bool(stale))
+
+
+def show(devices: list[Device], anchors: Anchors) -> None:
+    """Print the tables; where rich is missing, as they stand in REPORT.md."""
+    sheets = []
+    for device in devices:
+        ops = dict.fromkeys(row["op"] for row in device.rows)
+        sheets += [facts_sheet(device), *(op_sheet(device, op) for op in ops)]
+    sheets.append(goals_sheet(judge_all(devices, anchors)))
+    if importlib.util.find_spec("rich") is None:
+        print("\n\n".join(f"{sheet.title}\n\n{sheet.markdown()}" for sheet in sheets))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for sheet in sheets:
+        console.print(sheet.rich())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
