@@ -6,7 +6,8 @@ Every case is compiled for sm_80 and sm_90 without a GPU, its loops are read fro
 each unit of a multiprocessor (``bench/sass.py``) for one window and head, tile of logits or row are set beside the
 clocks in which memory moves the bytes of that: 18.5 bytes a clock and multiprocessor on an H200, 11.2 on an A100. A
 kernel whose busiest unit needs more than that cannot be as fast as memory; where products are what an op is for,
-tensor cores must need at least 70% of what binds. Masked windows are weighted by their share of the map. Two compilers
+tensor cores must need at least 70% of what binds. In long windows exponentials take longer than memory, at 16 a clock,
+and the busiest unit may need 15% more than they. Masked windows are weighted by their share of the map. Two compilers
 count: the installed Triton, and Triton 3.6.0 where it lies in .venv/triton-3.6.0 (``make budget`` puts it there).
 
 What this leaves out: latency, and whether enough warps are there to hide it; conflicts between banks of shared
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.budget_cases import Case, select
-from bench.budget_rules import broken_rules, rows_of, tensor_share, title
+from bench.budget_rules import broken_rules, exp2_floor, rows_of, tensor_share, title
 from florence_fast.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -175,8 +176,21 @@ def show(report: dict[str, Any]) -> None:
 
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=210)
-    heads = ["case", "GPU", "Triton", "instr", *PIPES_SHOWN, "regs", "stack", "smem", "memory", "product", "binds"]
+        console = Console(markup=False, highlight=False, width=230)
+    heads = [
+        "case",
+        "GPU",
+        "Triton",
+        "instr",
+        *PIPES_SHOWN,
+        "regs",
+        "stack",
+        "smem",
+        "memory",
+        "product",
+        "exp2",
+        "binds",
+    ]
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
     table.title = "instructions of a warp and clocks of a multiprocessor, for one window and head, tile or row"
     for head in [*heads, "of memory", "measured", ""]:
@@ -193,8 +207,11 @@ PIPES_SHOWN = ("issue", "fma", "imad", "alu", "mufu", "tensor", "lsu", "shared")
 def cells(row: Row, broken: list[str]) -> list[str]:
     """Return one row of the table."""
     kernels = row["kernels"]
-    bound = row["limits"]["tensor_share"] is not None
-    share = f"tensor {tensor_share(row):.0%}" if bound else f"{row['ratio']:.0%}"
+    share = f"{row['ratio']:.0%}"
+    if row["limits"]["tensor_share"] is not None:
+        share = f"tensor {tensor_share(row):.0%}"
+    elif row["limits"]["of_exp2"] is not None:
+        share = f"exp2 {row['pipes'][row['busiest']] / exp2_floor(row):.0%}"
     verdict = "BROKEN" if any(line.startswith(f"{title(row)}:") for line in broken) else "holds"
     measured = "not yet" if row["measured_clocks"] is None else f"{row['measured_clocks']:,.0f}"
     return [
@@ -202,7 +219,8 @@ def cells(row: Row, broken: list[str]) -> list[str]:
         *(f"{row['pipes'][pipe]:,.0f}" for pipe in PIPES_SHOWN),
         *("/".join(str(kernel[name]) for kernel in kernels) for name in ("registers", "stack")),
         "/".join(f"{kernel['shared'] / 1024:.0f}K" for kernel in kernels),
-        *(f"{row['memory_floor']:,.0f}", f"{row['product_floor']:,.0f}", row["binds"], share),
+        *(f"{row['memory_floor']:,.0f}", f"{row['product_floor']:,.0f}"),
+        *(f"{row['exp2_floor']:,.0f}", row["binds"], share),
         *(measured, verdict),
     ]
 

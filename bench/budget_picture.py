@@ -1,11 +1,13 @@
 """Draw the static budget: for each GPU, the clocks of every unit as a part of the clocks that set the floor.
 
-One picture of window attention, whose floor is memory, and one of the other ops, whose floor is memory or the products.
+One picture of window attention, whose floor is memory, one of its long windows, whose floor is the exponentials, and
+one of the other ops, whose floor is memory or the products.
 """
 
 from pathlib import Path
 from typing import Any
 
+from bench.budget_rules import exp2_floor
 from florence_fast.files import replacing
 
 COLOURS = {
@@ -32,7 +34,7 @@ WINDOW_BARS = ("issue", "fma", "alu", "mufu", "tensor", "lsu")
 
 
 def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write two pictures for each GPU: the bfloat16 cases with a bar for each unit; return the files."""
+    """Write three pictures for each GPU: the bfloat16 cases with a bar for each unit; return the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,14 +43,12 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for machine in dict.fromkeys(row["machine"] for row in rows):
-        for prefix, wanted, bars in (("budget", _is_window, WINDOW_BARS), ("budget_ops", _is_other, tuple(COLOURS))):
+        for prefix, (subject, units, wanted, bars) in PICTURES.items():
             chosen = [row for row in rows if row["machine"] == machine and wanted(row)]
             if not chosen:
                 continue
             figure, axes = plt.subplots(figsize=(9, 1.3 + 0.82 * len(chosen)), dpi=110, layout="constrained")
             _fill(axes, chosen, bars)
-            subject = "Window attention" if prefix == "budget" else "The other ops"
-            units = "window and head" if prefix == "budget" else "tile or row"
             axes.set_title(f"{subject} on {_article(machine)} {machine}, from the machine code: one {units}")
             path = folder / f"{prefix}_{machine.lower()}.png"
             with replacing(path) as beside:
@@ -60,21 +60,37 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 def _is_window(row: dict[str, Any]) -> bool:
     mine = row["op"] == "window_attention" and row["dtype"] == "bf16" and not row["error"]
-    return mine and row["head_dim"] == 32 and not row["safe_dots"]
+    return mine and row["head_dim"] == 32 and not _is_long(row) and not row["safe_dots"]
+
+
+def _is_long(row: dict[str, Any]) -> bool:
+    return row["limits"]["of_exp2"] is not None and row["dtype"] == "bf16" and not row["error"]
 
 
 def _is_other(row: dict[str, Any]) -> bool:
     return row["op"] != "window_attention" and shown(row) and not row["error"]
 
 
+PICTURES = {
+    "budget": ("Window attention", "window and head", _is_window, WINDOW_BARS),
+    "budget_long": ("Attention in long windows", "window and head", _is_long, tuple(COLOURS)),
+    "budget_ops": ("The other ops", "tile or row", _is_other, tuple(COLOURS)),
+}
+"""By file: what is shown, of how much each, which rows, and which units."""
+
+
 def shown(row: dict[str, Any]) -> bool:
-    """Whether a case of another op stands in the README: one size of each form is enough there."""
-    return row["tier"] == "quick"
+    """Whether a case of another op stands in the README: one size of each form, if a floor is promised for it."""
+    limits = row["limits"]
+    promised = limits["of_memory"] is not None or limits["tensor_share"] is not None
+    return row["tier"] == "quick" and promised
 
 
 def floor(row: dict[str, Any]) -> float:
-    """Return the clocks that an ideal kernel needs: memory's, or those of the products if they are more."""
-    return row["memory_floor"] if row["op"] == "window_attention" else max(row["memory_floor"], row["product_floor"])
+    """Return the clocks that an ideal kernel needs: memory's, or those of exponentials or products if they are more."""
+    if row["op"] != "window_attention":
+        return max(row["memory_floor"], row["product_floor"])
+    return exp2_floor(row) if _is_long(row) else row["memory_floor"]
 
 
 def _article(machine: str) -> str:
@@ -93,7 +109,9 @@ def _fill(axes: Any, rows: list[dict[str, Any]], pipes: tuple[str, ...]) -> None
         bars = axes.barh(places, parts, height * 0.92, color=COLOURS[pipe], label=NAMES[pipe])
         numbers = [f"{count:,.0f}" if count else "" for count in clocks]
         _clear(axes.bar_label(bars, numbers, padding=2, fontsize=6, color="#555555", zorder=4))
-    what = "memory takes" if "memory" not in pipes else "memory or the products take"
+    what = "memory takes"
+    if "memory" in pipes:
+        what = f"memory or the {'exponentials' if all(map(_is_long, rows)) else 'products'} take"
     axes.axvline(1, color="#d62728", linewidth=1.6, label=f"what {what}")
     labels = [f"{_label(row)}\n{_floor_name(row)} {floor(row):,.0f} clocks" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
@@ -117,11 +135,10 @@ def _clear(labels: list[Any]) -> None:
 
 def _label(row: dict[str, Any]) -> str:
     """The case in a few words; all are bfloat16, and windows have the same head dim."""
-    if row["op"] != "window_attention":
-        return row["case"].replace(" bf16", "")
-    words = [f"{row['window']}x{row['window']}", row["direction"], *["shifted"] * row["shifted"]]
-    return " ".join(words)
+    return row["case"].replace(" d32", "").replace(" bf16", "")
 
 
 def _floor_name(row: dict[str, Any]) -> str:
-    return "memory" if floor(row) == row["memory_floor"] else "products"
+    if floor(row) == row["memory_floor"]:
+        return "memory"
+    return "exp2" if _is_long(row) else "products"

@@ -3,6 +3,7 @@
 Pure functions on the JSON of ``bench.aot``; a *row* is one case for one architecture and compiler.
 """
 
+import itertools
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -51,7 +52,7 @@ def _row(case: Case, entry: Row, triton: str) -> Row:
             for name in ("op", "unit", "sizes", "bytes", "accesses", "flops", "exp2", "loops", "edge_share")
         },
         "limits": asdict(case.limits),
-        "allowed": ALLOWED.get(case.name, {}),
+        "allowed": ALLOWED.get(case.name, {}) | ALLOWED.get(f"{case.name}, sm_{arch}", {}),
         "kernels": kernels,
         "instructions": inner["instructions"],
         "edge_instructions": edge["instructions"],
@@ -68,11 +69,8 @@ def _row(case: Case, entry: Row, triton: str) -> Row:
 
 def _kernel(case: Case, kernel: Row) -> Row:
     """Sum up one kernel: what it needs for one inner and for one edge unit."""
-    weight, products = case.weight(kernel), case.flops > 0
-    steps = [loop for loop in kernel["loops"] if _works(loop, products)]
-    if weight is not None and weight.body:
-        steps = [{**kernel["outside"], "children": kernel["loops"]}]
-    units = [] if weight is None else [_scale(_step(loop, weight, products), weight.times) for loop in steps]
+    weight = case.weight(kernel)
+    units = [] if weight is None else _units(case, kernel, weight)
     inner, edge = (*units, _sum([]), _sum([]))[:2]
     facts = ("name", "grid", "num_warps", "num_stages", "maxnreg", "registers", "stack", "shared", "mma_warps")
     pointers = {name for name, kind in kernel["signature"].items() if kind.startswith("*")}
@@ -88,6 +86,21 @@ def _kernel(case: Case, kernel: Row) -> Row:
         "inner": inner,
         "edge": edge,
     }
+
+
+def _units(case: Case, kernel: Row, weight: Weight) -> list[Row]:
+    """Sum up each kind of unit that the kernel's outermost loops do, inner ones first: an edge unit needs more."""
+    products = case.flops > 0
+    steps = [loop for loop in kernel["loops"] if _works(loop, products)]
+    if weight.body:
+        loops = [[loop] for loop in steps] if case.loops > 1 else [kernel["loops"]]
+        steps = [{**kernel["outside"], "children": children} for children in loops]
+    units = sorted((_step(loop, weight, products) for loop in steps), key=lambda unit: unit["instructions"])
+    if weight.parts:
+        found = units[::-1] if len(units) == len(weight.parts) else []
+        parts = [_scale(unit, part / case.loops) for unit, part in zip(found, weight.parts, strict=False)]
+        units = [_sum(parts)] * case.loops if parts else []
+    return [_scale(unit, weight.times) for unit in units]
 
 
 def _works(loop: Row, products: bool) -> bool:
@@ -180,9 +193,13 @@ def _broken_numbers(row: Row) -> list[str]:
     limits, unit, found = row["limits"], row["unit"], []
     if limits["instructions"] is not None and row["instructions"] > limits["instructions"]:
         found.append(f"{row['instructions']} instructions a warp and {unit}, at most {limits['instructions']}")
-    for pipe, clocks in row["pipes"].items():
-        if limits["of_memory"] is not None and clocks > row["memory_floor"] * limits["of_memory"]:
-            part = f"{clocks / row['memory_floor']:.0%} of what memory takes, at most {limits['of_memory']:.0%}"
+    floors = {
+        "of_memory": (row["memory_floor"], "memory takes"),
+        "of_exp2": (exp2_floor(row), "exp2 or memory takes"),
+    }
+    for (limit, (floor, what)), (pipe, clocks) in itertools.product(floors.items(), row["pipes"].items()):
+        if limits[limit] is not None and clocks > floor * limits[limit]:
+            part = f"{clocks / floor:.0%} of what {what}, at most {limits[limit]:.0%}"
             found.append(f"{pipe} needs {clocks:,.0f} clocks a {unit}, {part}")
     if limits["tensor_share"] is not None and tensor_share(row) < limits["tensor_share"]:
         part = f"{tensor_share(row):.0%} of what binds ({row['binds']}), at least {limits['tensor_share']:.0%}"
@@ -201,6 +218,11 @@ def _broken_numbers(row: Row) -> list[str]:
 def tensor_share(row: Row) -> float:
     """Return what the tensor cores need as a part of what binds, memory included."""
     return row["pipes"]["tensor"] / max(*row["pipes"].values(), row["memory_floor"])
+
+
+def exp2_floor(row: Row) -> float:
+    """Return the clocks of the exponentials, or of memory where it takes longer."""
+    return max(row["exp2_floor"], row["memory_floor"])
 
 
 def _broken_resources(row: Row, kernel: Row) -> list[str]:
@@ -225,7 +247,7 @@ def _broken_code(row: Row, kernel: Row) -> list[str]:
             found.append(f"the {kind} loop of exact float32 products must hold FFMA and no tensor instruction")
         if row["dtype"] != "fp32" and row["flops"] and not tensor:
             found.append(f"the {kind} loop holds no tensor instruction")
-        if kernel[kind]["calls"]:
+        if kernel[kind]["calls"] > limits["calls"]:
             found.append(f"the {kind} loop calls a subroutine, which is not counted")
     for reduction in kernel["row_reductions"] if limits["split_rows"] is not None else ():
         if reduction["warps"][1] > 1 and reduction["tile"][0] > limits["split_rows"]:
@@ -245,7 +267,7 @@ def _broken_accesses(row: Row, kernel: Row) -> list[str]:
     for kind in _kinds(row):
         opcodes = kernel[kind]["opcodes"]
         for name in opcodes:
-            if name.split(".")[0] in _LOADS and _access_bytes(name) < 4:
+            if name.split(".")[0] in _LOADS and _access_bytes(name) < row["limits"]["load_bytes"]:
                 found.append(f"the {kind} loop loads by {name}")
         wide, total = _loaded(opcodes)
         if not total or wide / total < row["limits"]["wide_share"]:

@@ -22,14 +22,20 @@ class Limits:
     """Bytes of a thread, at most."""
     of_memory: float | None = 1.0
     """What the busiest unit may need, as a part of the clocks that memory takes."""
+    of_exp2: float | None = None
+    """The same, as a part of the clocks of the exponentials, or of memory where it takes longer."""
     tensor_share: float | None = None
     """What the tensor cores need, at least, as a part of the clocks of what binds, be it a unit or memory."""
     split_rows: int | None = 0
     """Tiles of so few rows may have the keys of a row over several warps."""
     wide_share: float = 1.0
     """How much of what a unit loads from global memory comes in loads of 16 bytes, by bytes."""
+    load_bytes: int = 4
+    """How many bytes a thread every load from global memory has, at least."""
     store_bytes: int = 4
     """How many bytes a thread every store to global memory has, at least."""
+    calls: int = 0
+    """Calls of subroutines in a unit's loop, at most: nothing counts what those do."""
     padding: float = 2.5
     """How many times the work of the formula the code may do, because tiles stand out over what there is."""
 
@@ -39,8 +45,8 @@ class Weight:
     """How the loops of one compiled kernel add up to one unit; a loop counts that does the case's work.
 
     One trip of an outermost loop is a step; with ``body`` the step is the whole program instead, once through what no
-    loop holds. In a step, loops that hold no other run ``inner`` times, those around them ``outer`` times, and loops
-    that do other work once.
+    loop holds, and through one of two outermost loops where edge units have their own. In a step, loops that hold no
+    other run ``inner`` times, those around them ``outer`` times, and loops that do other work once.
     """
 
     inner: float = 1
@@ -50,6 +56,11 @@ class Weight:
     body: bool = False
     early: int = 0
     """Trips of an innermost loop whose asynchronous copies stand before it: the last trips copy nothing."""
+    parts: tuple[float, ...] = ()
+    """Where a unit takes steps of several outermost loops: how many of each, the loop with the largest step first.
+
+    If there are edge units such a loop holds them too, as the other side of a branch: a step is half of both.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

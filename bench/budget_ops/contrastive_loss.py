@@ -134,8 +134,11 @@ def _cases() -> Iterator[ContrastiveCase]:
         yield ContrastiveCase(depth=depth, dtype=dtype, direction=way, limits=limits, tier=tier)
     for dtype, way in itertools.product(("fp32", "tf32"), ("forward", "gradient")):
         yield ContrastiveCase(depth=512, dtype=dtype, direction=way, limits=replace(limits, tensor_share=None))
-    for (depth, dtype), way in itertools.product(((512, "bf16"), (768, "bf16"), (512, "fp16")), ("forward", "gradient")):
-        yield SigmoidCase(depth=depth, dtype=dtype, direction=way, limits=limits)
+    for (depth, dtype), way in itertools.product(
+        ((512, "bf16"), (768, "bf16"), (512, "fp16")), ("forward", "gradient")
+    ):
+        tier = "quick" if depth == 512 and dtype == "bf16" and way == "gradient" else "full"
+        yield SigmoidCase(depth=depth, dtype=dtype, direction=way, limits=limits, tier=tier)
 
 
 ALLOWED: dict[str, dict[str, float]] = {

@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from florence_fast import ops
+from florence_fast.models.layers import is_plain
 from florence_fast.models.tower import ImageTower
 
 
@@ -32,10 +34,11 @@ class ConvEmbed(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, H, W, C) to (B, H', W', C').
-
-        The permuted view of a channels-last map is what convolutions call channels_last memory: nothing is copied.
-        """
+        """Map (B, H, W, C) to (B, H', W', C')."""
+        if is_plain(self.proj, self.norm):
+            options = {"stride": self.proj.stride, "padding": self.proj.padding, "eps": self.norm.eps}
+            return ops.conv_embed(x, self.proj.weight, self.proj.bias, self.norm.weight, self.norm.bias, **options)
+        # The permuted view of a channels-last map is what convolutions call channels_last memory: nothing is copied.
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from florence_fast import ops
+
 
 def add_branch(x: Tensor, branch: Tensor, drop_rate: float, training: bool) -> Tensor:
     """Return ``x + branch``, the branch left out for a random share of the samples while training (drop path).
@@ -24,11 +26,40 @@ def add_branch(x: Tensor, branch: Tensor, drop_rate: float, training: bool) -> T
         drop_rate: share of samples that skip the branch, in [0, 1).
         training: False adds the branch of every sample.
     """
+    factors = _drop_path_factors(branch, drop_rate, training)
+    return x + branch if factors is None else torch.addcmul(x, branch, factors.view(-1, *[1] * (x.ndim - 1)))
+
+
+def add_branch_and_norm(
+    x: Tensor, branch: Tensor, norm: nn.LayerNorm, drop_rate: float = 0.0, training: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return what ``add_branch`` does, and ``norm`` of it, in one pass; arguments as there."""
+    if not is_plain(norm):
+        x = add_branch(x, branch, drop_rate, training)
+        return x, norm(x)
+    factors = _drop_path_factors(branch, drop_rate, training)
+    return ops.layer_norm(branch, norm.weight, norm.bias, eps=norm.eps, residual=x, residual_scale=factors)
+
+
+def _drop_path_factors(branch: Tensor, drop_rate: float, training: bool) -> Tensor | None:
+    """Return what the branch of each sample is multiplied with, (B,); None where that is 1."""
     if not training or drop_rate == 0:
-        return x + branch
+        return None
     keep = 1 - drop_rate
-    mask = torch.empty(x.shape[0], *[1] * (x.ndim - 1), dtype=branch.dtype, device=x.device)
-    return torch.addcmul(x, branch, mask.bernoulli_(keep).div_(keep))
+    return torch.empty(branch.shape[0], dtype=branch.dtype, device=branch.device).bernoulli_(keep).div_(keep)
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Return whether these are PyTorch's own modules as they are, so that an op may compute from their weights.
+
+    Adapters, quantisers and wrappers put another class in their place or hang hooks on them, and must be called.
+    """
+    return all(
+        type(module) in _PLAIN and not module._forward_hooks and not module._forward_pre_hooks for module in modules
+    )
+
+
+_PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d)
 
 
 def drop_path_rates(depths: tuple[int, ...], rate: float) -> list[list[float]]:
@@ -58,6 +89,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to (..., C)."""
+        if is_plain(self.fc1, self.fc2):
+            return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.fc2(F.gelu(self.fc1(x)))
 
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from florence_fast import ops
+from florence_fast.models.layers import is_plain
 from florence_fast.models.tower import ImageTower
 
 
@@ -47,6 +49,8 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, ceil(H/2), ceil(W/2), 2C); neighbours in the order (0,0), (1,0), (0,1), (1,1)."""
+        if is_plain(self.norm, self.reduction):
+            return ops.patch_merging(x, self.norm.weight, self.norm.bias, self.reduction.weight, eps=self.norm.eps)
         height, width = x.shape[1:3]
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))

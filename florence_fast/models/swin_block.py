@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from florence_fast import ops
-from florence_fast.models.layers import Mlp, add_branch, resize_bias_table
+from florence_fast.models.layers import Mlp, add_branch, add_branch_and_norm, resize_bias_table
 
 
 class WindowAttention(nn.Module):
@@ -73,8 +73,9 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H, W, C)."""
-        x = add_branch(x, self.attn(self.norm1(x)), self.drop_path, self.training)
-        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path, self.training)
+        branch = self.attn(self.norm1(x))
+        x, normed = add_branch_and_norm(x, branch, self.norm2, self.drop_path, self.training)
+        return add_branch(x, self.mlp(normed), self.drop_path, self.training)
 
 
 class Stage(nn.Module):
