@@ -7,13 +7,16 @@ Letters: B batch · M windows of one map · N tokens in one window · h heads ·
 """
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops import _backend
+from florence_fast.ops import _backend, _window_attention_partitioned_torch
+
+MAX_TRITON_TOKENS = 784
+MAX_TRITON_HEAD_DIM = 128
 
 
 def window_attention_partitioned(
@@ -60,7 +63,7 @@ def window_attention_partitioned(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = (q, k, v, bias, mask)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _window_attention_partitioned(*tensors, scale, train)[0]
+    return _window_attention_partitioned(*tensors, scale, train, backend)[0]
 
 
 def _check_window_attention_partitioned(
@@ -120,30 +123,44 @@ def window_attention_partitioned_reference(
 def unsupported_reasons(backend: str, q: Tensor, *_: Any, **__: Any) -> list[str]:
     """Say why ``backend`` cannot run ``window_attention_partitioned``; an empty list means that it can."""
     if backend == "triton":
-        return ["no Triton kernel for window_attention_partitioned in this version"]
+        return _triton_reasons(q)
     if backend == "cpp":
         return ["no native kernel for window_attention_partitioned in this version"]
     return []
 
 
+def _triton_reasons(q: Tensor) -> list[str]:
+    reasons, dtype = _backend.triton_reasons(q), _backend.autocast_dtype(q)
+    tokens, head_dim = q.shape[2:]
+    if tokens > MAX_TRITON_TOKENS:
+        reasons.append(f"the kernels hold at most {MAX_TRITON_TOKENS} tokens a window, got {tokens}")
+    if head_dim > MAX_TRITON_HEAD_DIM:
+        reasons.append(f"the kernels hold at most {MAX_TRITON_HEAD_DIM} channels a head, got {head_dim}")
+    if dtype not in _backend.TRITON_DTYPES:
+        reasons.append(f"q must be float16, bfloat16 or float32, got {dtype}")
+    if dtype == torch.bfloat16 and _backend.interpreting():
+        reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
+    return reasons
+
+
+# The kernels keep a float32 a row, the log-sum-exp: they compute the probabilities anew. The library calls keep these.
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, train: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    train: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the result and, if ``train``, the probabilities: to compute them again is dearer than to read them."""
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    added = _added_to_scores(bias, mask, q.dtype)
-    if not train:
-        return _sdpa(q, k, v, added, scale), q.new_empty(0)
-    scores = q * scale @ k.mT
-    if added is not None:
-        scores.view(len(scores) // len(added), len(added), *scores.shape[1:]).add_(added)
-    probs = scores.softmax(-1)
-    return probs @ v, probs
+    return _implementation(backend).window_attention_partitioned_fwd(q, k, v, bias, mask, scale, train)
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, train: bool
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    train, backend = args[-2:]
+    if backend == "triton":
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3] if train else 0, dtype=torch.float32)
     return q.new_empty(q.shape), q.new_empty((*q.shape[:-1], q.shape[2]) if train else 0)
 
 
@@ -154,67 +171,31 @@ def _backward(
     v: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    probs: Tensor,
+    kept: Tensor,
     needs: list[bool],
     scale: float,
     train: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    needs_q, needs_k, needs_v, needs_bias, needs_mask = needs
-    d_scores = torch._softmax_backward_data(grad_out @ v.mT, probs, -1, probs.dtype)
-    d_mask = None
-    if needs_mask:
-        d_mask = _sum(d_scores.unflatten(0, (len(q) // len(mask), len(mask))), (0, 2)).to(mask.dtype)
-    grads = (
-        (d_scores @ k).mul_(scale) if needs_q else None,
-        (d_scores.mT @ q).mul_(scale) if needs_k else None,
-        probs.mT @ grad_out if needs_v else None,
-        _sum(d_scores, (0,)).to(bias.dtype) if needs_bias else None,
-        d_mask,
-    )
+    implementation = _implementation(backend)
+    grads = implementation.window_attention_partitioned_bwd(grad_out, q, k, v, bias, mask, kept, needs, scale)
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _backward_fake(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    probs: Tensor,
-    needs: list[bool],
-    scale: float,
-    train: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (q, k, v, bias, mask)
-    return tuple(x.new_empty(x.shape) if need else q.new_empty(0) for x, need in zip(tensors, needs, strict=True))
+def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tensors, needs = args[:5], args[6]
+    return tuple(
+        x.new_empty(x.shape) if need else grad_out.new_empty(0) for x, need in zip(tensors, needs, strict=True)
+    )
 
 
-def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Sum in float32 or better."""
-    return x.sum(dims, dtype=torch.promote_types(x.dtype, torch.float32))
+def _implementation(backend: str) -> ModuleType:
+    """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
+    if backend == "triton":
+        from florence_fast.ops import _window_attention_partitioned_triton
 
-
-def _added_to_scores(bias: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Join bias and mask into one term: (1, h, N, N), or (M, h or 1, N, N)."""
-    if mask is None:
-        return None if bias is None else bias.to(dtype)[None]
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
-    # Added before they are rounded: a mask of -100 in 16 bits would take the bias's last digits with it.
-    return mask.to(dtype)[:, None] if bias is None else (bias + mask[:, None]).to(dtype)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -> Tensor:
-    """Attend by SDPA, the windows of a map beside its heads, so that one mask of a map serves the whole batch."""
-    windows, num_heads, tokens, head_dim = q.shape
-    per_map = 1 if added is None else len(added)
-    maps = windows // per_map
-    if added is not None:
-        added = added.expand(per_map, num_heads, -1, -1).reshape(1, per_map * num_heads, tokens, tokens)
-        added = added.expand(maps, -1, -1, -1)
-    q, k, v = (x.view(maps, per_map * num_heads, tokens, head_dim) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, added, scale=scale).reshape(windows, num_heads, tokens, head_dim)
+        return _window_attention_partitioned_triton
+    return _window_attention_partitioned_torch
 
 
 def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

@@ -129,7 +129,7 @@ def test_opcheck(masked: str, train: bool) -> None:
         n: x.requires_grad_(train and x.is_floating_point()) for n, x in make(torch.float32, True, masked).items()
     }
     given = [tensors.get(n) for n in ("q", "k", "v", "bias", "mask")]
-    torch.library.opcheck(torch.ops.florence_fast.window_attention_partitioned.default, (*given, 0.3, train))
+    torch.library.opcheck(torch.ops.florence_fast.window_attention_partitioned.default, (*given, 0.3, train, "torch"))
 
 
 def test_compiles_in_full_and_exports() -> None:
@@ -175,9 +175,8 @@ def test_nan_is_not_lost() -> None:
 def test_auto_takes_torch_and_others_say_why_not() -> None:
     tensors = make(torch.float32, True, "bool")
     assert ops._backend.choose("window_attention_partitioned", **tensors) == "torch"
-    for backend in ("triton", "cpp"):
-        with pytest.raises(RuntimeError, match=r"no .* kernel for window_attention_partitioned in this version"):
-            attend(backend, **tensors)
+    with pytest.raises(RuntimeError, match="no native kernel for window_attention_partitioned in this version"):
+        attend("cpp", **tensors)
 
 
 q = torch.zeros(6, 2, 9, 8)
