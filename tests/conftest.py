@@ -1,14 +1,18 @@
-"""What every test shares: Triton's interpreter, seeds, devices, and memory that is poisoned before it is written.
+"""What every test shares: Triton's interpreter, seeds, devices, poisoned memory, and a count of what was proved.
 
 Triton reads ``TRITON_INTERPRET`` when it is imported, and compiling and interpreting cannot share a process.
 So the variable is set here before any test module is imported, except under ``-m gpu``.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests.counts import COUNTS
 
 settings.register_profile("repeatable", derandomize=True, max_examples=25, deadline=None)
 settings.load_profile("repeatable")
@@ -16,8 +20,16 @@ settings.load_profile("repeatable")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Interpret kernels on the CPU unless this run is for a GPU; it happens before torch or triton is imported."""
+    config.stash[COUNTS] = Counter()
     if config.getoption("markexpr") != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say how many ops there are, how often one was checked, and how many kernels were compiled."""
+    counts = config.stash[COUNTS]
+    if counts:
+        terminalreporter.write_line(", ".join(f"{number:,} {words}" for words, number in counts.items()))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -27,6 +39,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def counted_opchecks(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Count the calls of torch.library.opcheck."""
+    import torch
+
+    from florence_fast.ops import OPS
+
+    opcheck, counts = torch.library.opcheck, pytestconfig.stash[COUNTS]
+    counts["ops"] = len(OPS)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counts["opchecks"] += 1
+        return opcheck(*args, **kwargs)
+
+    torch.library.opcheck = counted
+    yield
+    torch.library.opcheck = opcheck
 
 
 @pytest.fixture(autouse=True)

@@ -18,13 +18,14 @@ from bench.budget_picture import draw
 from bench.budget_rules import broken_rules, rows_of
 from bench.sass import PIPES
 from florence_fast.cli import budget as command
+from tests.counts import COUNTS
 
 ROOT = Path(__file__).parents[2]
 SIZES_2D = "B: i32, H: i32, W: i32, num_heads: i32"
 
 
 @pytest.fixture(scope="session")
-def checked(tmp_path_factory):
+def checked(tmp_path_factory, pytestconfig):
     """Compile the quick cases once; give the exit code of --check, the report and what was printed."""
     pytest.importorskip("triton")
     path = tmp_path_factory.mktemp("budget") / "budget.json"
@@ -32,7 +33,9 @@ def checked(tmp_path_factory):
     words = [sys.executable, "-m", "bench.budget", "--check", "--json", str(path)]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert path.is_file(), done.stdout + done.stderr
-    return done.returncode, json.loads(path.read_text("utf-8")), done.stdout
+    report = json.loads(path.read_text("utf-8"))
+    pytestconfig.stash[COUNTS]["kernels compiled for A100 and H200"] = report["compiles"]
+    return done.returncode, report, done.stdout
 
 
 @pytest.fixture
