@@ -138,7 +138,7 @@ def test_every_metric_of_the_file_can_be_computed():
         sizes = {"batch": 65536, "dim": 512, "head_dim": 32, **where}
         entries = {"op": wanted.op, "mode": wanted.mode, "dtype": wanted.dtype or "bf16", "sizes": sizes}
         rows = [row(**entries, peak_bytes=2**28), row("eager", 2e-3, **entries), row("torch.compile", 3e-3, **entries)]
-        found = judge(wanted, Device("NVIDIA H200", rows), load_anchors())
+        found = judge(wanted, Device("CPU, AVX512" if wanted.device == "CPU" else "NVIDIA H200", rows), load_anchors())
         assert found.status in (MET, SHORT) and found.value > 0, wanted.name
 
 
@@ -146,5 +146,5 @@ def test_the_command_prints_every_goal(tmp_path, capsys):
     (tmp_path / "gpu_h200.json").write_text(json.dumps({"stages": {}, "rows": [row(seconds=0.9e-3)]}))
     assert goals.main(["--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "1 met, 0 short, 18 not measured yet" in printed
+    assert f"1 met, 0 short, {len(load_anchors().goals) - 1} not measured yet" in printed
     assert "88.9%" in printed

@@ -1,0 +1,1 @@
+"""What ``python -m bench.cpu`` measures on this machine's processor, one subject a file."""
