@@ -5,6 +5,7 @@
 #   make test        the quick tests          make test-all   the slow ones too
 #   make budget      every kernel compiled for A100 and H100/H200, without either, and held to its limits
 #   make gpu         everything that waits for a GPU; installs nothing: PYTHON must have PyTorch and Triton
+#   make bench       what a processor can show: losses, towers, gradient cache, start; the report drawn
 #   make report      pictures and tables of what was measured, from bench/results
 #   make lint        ruff, rules and format   make clean      forget the environment and every cache
 # PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX adds a package index to look for PyTorch in: its
@@ -16,7 +17,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-long test test-all lint budget gpu report clean
+.PHONY: demo demo-long test test-all lint budget bench gpu report clean
 
 demo: .venv/ready
 	$(BIN)/florence-fast demo --resume --out runs/demo
@@ -33,6 +34,10 @@ test-all: .venv/ready
 budget: .venv/ready
 	$(BIN)/python -m bench.budget --full --check --require-both --json bench/results/budget.json --picture docs
 	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.queue
+
+bench: .venv/ready
+	$(BIN)/python -m bench.cpu
 
 gpu:
 	$(PYTHON) -m bench.gpu

@@ -135,14 +135,18 @@ def write_report(session: "Session") -> None:
     folder = session.store.path.parent
     docs = report.DOCS if folder == RESULTS else folder / "docs"
     report.main(["--results", str(folder), "--docs", str(docs)])
+    if folder == RESULTS:
+        from bench import queue
+
+        queue.main([])
 
 
 def print_table(records: dict[str, dict[str, Any]]) -> None:
     """Print how each stage ended."""
-    print("\nstage             ended     seconds")
+    print(f"\n{'stage':28} ended     seconds")
     for name, record in records.items():
         reason = " ".join(str(record["reason"] or "").split())[:100]
-        print(f"{name:17} {record['status']:9} {record['seconds']:7.1f}  {reason}".rstrip())
+        print(f"{name:28} {record['status']:9} {record['seconds']:7.1f}  {reason}".rstrip())
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import torch._functorch.config
 
 from bench.machine import clocks_under_load
 from bench.predicted import predicted_clocks
-from bench.session import Built, DeviceLost, Missing, OpBench, Session
+from bench.session import Built, DeviceLost, Missing, OpBench, Session, dtypes_of, entry_of, modes_of
 from bench.store import Row
 from florence_fast.verify import exact_results
-from florence_fast.verify.cases import Function
+from florence_fast.verify.cases import Function, each
 from florence_fast.verify.compare import Judgement, judge, results
-from florence_fast.verify.timing import MODES, Timing, call_in_mode, time_calls
+from florence_fast.verify.timing import Timing, call_in_mode, time_calls
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -41,9 +41,13 @@ class Group:
 
     def pending(self) -> dict[str, list[str]]:
         """Competitors with the modes that no stored row answers."""
-        finished = self.session.store.finished
-        modes = {c: [m for m in MODES if not finished(self.key(c, m))] for c in self.competitors}
-        return {competitor: left for competitor, left in modes.items() if left}
+        finished, made = self.session.store.finished, self.session.made
+        keys = {(c, m): self.key(c, m) for c in self.competitors for m in modes_of(self.op)}
+        left: dict[str, list[str]] = {}
+        for (competitor, mode), key in keys.items():
+            if key not in made and not finished(key):
+                left.setdefault(competitor, []).append(mode)
+        return left
 
     def run(self) -> None:
         """Make every row that is still missing."""
@@ -66,9 +70,15 @@ class Group:
     def draw(self) -> None:
         """Make the tensors, the float64 results that decide, and the plain ones that say what may be expected."""
         self.inputs = self.op.setup(self.shape, DTYPES[self.dtype], str(self.session.device), 0)
-        self.exact = exact_results(self.op.OP, self.inputs)
-        plain = self.op.COMPETITORS["eager"](self.inputs, self.session.plan).function
-        self.plain = results(plain, self.inputs.tensors, self.inputs.grad_out)
+        judged = self.inputs.smaller or self.inputs
+        plain = self.op.COMPETITORS["eager"](judged, self.session.plan).function
+        self.exact, self.plain = (
+            self.inputs.enlarged(found)
+            for found in (
+                exact_results(entry_of(self.op), judged),
+                results(plain, judged.tensors, judged.grad_out),
+            )
+        )
 
     def run_round(self, competitors: dict[str, list[str]]) -> None:
         """Judge these competitors, then time those whose values are right."""
@@ -79,7 +89,7 @@ class Group:
                 self.put_all({competitor: modes}, outcome)
             else:
                 ready[competitor] = outcome
-        for mode in MODES:
+        for mode in modes_of(self.op):
             chosen = {c: ready[c] for c, modes in competitors.items() if mode in modes and c in ready}
             if chosen:
                 self.session.check_time()
@@ -105,8 +115,8 @@ class Group:
         if built.forward_only is None:
             return judge(results(built.function, self.inputs.tensors, self.inputs.grad_out), self.plain, self.exact)
         with torch.no_grad():
-            out = built.function(**self.inputs.tensors)
-        return judge({"out": out}, self.plain, {"out": self.exact["out"]})
+            found = results(built.function, self.inputs.tensors, None)
+        return judge(found, self.plain, {name: self.exact[name] for name in found})
 
     def time(self, mode: str, ready: dict[str, tuple[Built, list[Judgement]]]) -> None:
         """Time some competitors in one mode and store their rows."""
@@ -141,7 +151,8 @@ class Group:
             moved = self.op.bytes_moved(self.shape, DTYPES[self.dtype], mode)
             for _ in range(min(64, math.ceil(2 * cache / moved)) - 1):
                 clones = {name: x.clone() for name, x in tensors.items()}
-                yield call_in_mode(function, clones, grad_out.clone(), mode)
+                grads = None if grad_out is None else tuple(grad.clone() for grad in each(grad_out))
+                yield call_in_mode(function, clones, grads, mode)
 
     def measured(self, mode: str, timing: Timing, call: Callable[[], Any]) -> Row:
         """Set a time beside the bytes, the FLOPs and the clocks that it ought to take."""
@@ -190,30 +201,54 @@ class Group:
         predictions = [
             predicted_clocks(c, session.facts["arch"]) for c in self.op.budget_cases(self.shape, self.dtype, mode)
         ]
-        row = {
-            "key": self.key(competitor, mode),
-            "stage": self.op.OP,
-            "op": self.op.OP,
-            "shape": self.name,
-            "sizes": asdict(self.shape),
-            "dtype": self.dtype,
-            "mode": mode,
-            "competitor": competitor,
-            **dict.fromkeys(OUTCOME),
-            "bytes_moved": self.op.bytes_moved(self.shape, dtype, mode),
-            "flops": self.op.flops(self.shape, mode),
-            "copy_bytes_per_second": session.copy_rate,
-            "matrix_flops_per_second": session.matrix_rate,
-            "predicted_clocks": None if None in predictions else sum(predictions) or None,
-            **outcome,
-            **session.facts,
-        }
+        row = row_of(
+            session,
+            outcome,
+            key=self.key(competitor, mode),
+            op=self.op.OP,
+            shape=self.name,
+            sizes=asdict(self.shape),
+            dtype=self.dtype,
+            mode=mode,
+            competitor=competitor,
+            bytes_moved=self.op.bytes_moved(self.shape, dtype, mode),
+            flops=self.op.flops(self.shape, mode),
+            predicted_clocks=None if None in predictions else sum(predictions) or None,
+        )
         session.store.put(row)
+        session.made.add(row["key"])
         if show:
             named = mode if row["status"] == "timed" else ""
             session.show(f"  {self.name} {self.dtype} {named:8} {competitor:26} {shown(row)}")
         if row["status"] == "error" and not _usable(session.device):
             raise DeviceLost(row["reason"])
+
+
+def row_of(
+    session: Session,
+    outcome: Row,
+    *,
+    key: str,
+    op: str,
+    shape: str,
+    sizes: Row,
+    dtype: str,
+    mode: str,
+    competitor: str,
+    bytes_moved: int | None = None,
+    flops: int | None = None,
+    predicted_clocks: float | None = None,
+) -> Row:
+    """Return a row with all that every row has."""
+    return {
+        **{"key": key, "stage": op, "op": op, "shape": shape, "sizes": sizes, "dtype": dtype, "mode": mode},
+        **{"competitor": competitor, **dict.fromkeys(OUTCOME), "bytes_moved": bytes_moved, "flops": flops},
+        "copy_bytes_per_second": session.copy_rate,
+        "matrix_flops_per_second": session.matrix_rate,
+        "predicted_clocks": predicted_clocks,
+        **outcome,
+        **session.facts,
+    }
 
 
 OUTCOME = (
@@ -246,7 +281,8 @@ def run_op(op: OpBench, session: Session, dtypes: tuple[str, ...]) -> None:
     quick = tuple(competitor for competitor in op.COMPETITORS if competitor not in op.SLOW_TO_BUILD)
     for dtype, competitors in itertools.product(dtypes, (quick, op.SLOW_TO_BUILD)):
         for name, shape in shapes.items():
-            Group(op, name, shape, dtype, competitors, session).run()
+            if dtype in dtypes_of(op, shape, dtypes):
+                Group(op, name, shape, dtype, competitors, session).run()
 
 
 def _usable(device: torch.device) -> bool:

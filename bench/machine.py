@@ -17,13 +17,20 @@ from florence_fast.provenance import checkout_commit
 from florence_fast.verify.timing import time_calls
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "transformers", "timm", "torchvision", "xformers", "numpy", "pytest")
+PACKAGES = (
+    *("torch", "triton", "transformers", "timm", "torchvision", "xformers", "apex", "open_clip_torch"),
+    *("liger_kernel", "inf_cl", "siglip-kernel", "numpy", "pytest"),
+)
 WHAT_DECIDES_A_ROW = (
     "kernels",
     "florence_fast/ops",
     "florence_fast/verify",
     "bench/ops",
     "bench/competitors.py",
+    "bench/competitors_losses.py",
+    "bench/competitors_windows.py",
+    "bench/models.py",
+    "bench/session.py",
     "bench/harness.py",
 )
 

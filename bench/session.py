@@ -11,6 +11,7 @@ import torch
 from bench.machine import Clock
 from bench.store import Store
 from florence_fast.verify.cases import Function, Inputs
+from florence_fast.verify.timing import MODES
 
 
 class Missing(Exception):
@@ -44,9 +45,10 @@ class Built:
 
 
 class OpBench(Protocol):
-    """What a file in ``bench/ops`` holds."""
+    """What a file in ``bench/ops`` holds; what it may hold as well, ``entry_of`` and the two below it read."""
 
     OP: str
+    """The stage's name, and that of the op in ``florence_fast.ops.OPS`` unless there is an ``ENTRY``."""
     SHAPES: dict[str, Any]
     REHEARSAL: dict[str, Any]
     COMPETITORS: dict[str, Callable[[Inputs, Plan], Built]]
@@ -58,6 +60,22 @@ class OpBench(Protocol):
     flops: Callable[[Any, str], int]
     units: Callable[[Any], int]
     budget_cases: Callable[[Any, str, str], list[str]]
+
+
+def entry_of(op: OpBench) -> str:
+    """Return the name of the op in ``florence_fast.ops.OPS``: ``ENTRY``, where a file measures one form of an op."""
+    return getattr(op, "ENTRY", op.OP)
+
+
+def modes_of(op: OpBench) -> tuple[str, ...]:
+    """Return what is timed: ``MODES``, for an op without a gradient."""
+    return getattr(op, "MODES", MODES)
+
+
+def dtypes_of(op: OpBench, shape: Any, dtypes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return which of ``dtypes`` a size is measured in: those that ``takes(shape, dtype)``, where there is one."""
+    takes = getattr(op, "takes", None)
+    return dtypes if takes is None else tuple(dtype for dtype in dtypes if takes(shape, dtype))
 
 
 @dataclass
@@ -76,6 +94,8 @@ class Session:
     copy_rate: float = math.nan
     matrix_rate: float = math.nan
     show: Callable[[str], None] = print
+    made: set[str] = field(default_factory=set)
+    """Keys of the rows of this run: who was missing at its start is not asked again before the next."""
 
     def check_time(self) -> None:
         """Stop between two rows when the time is over."""

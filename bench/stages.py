@@ -1,5 +1,6 @@
 """The stages of a run on a GPU, in order of value: each may be stopped, and goes on at the next start."""
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 
+from bench import models, tune_search
 from bench.harness import run_op
 from bench.machine import PACKAGES, ROOT, copy_bandwidth, matrix_rate, smi, version
-from bench.session import OpBench, OutOfTime, Session
+from bench.session import OpBench, OutOfTime, Session, dtypes_of
 
 Details = dict[str, Any]
 
@@ -112,22 +114,42 @@ def self_test(session: Session) -> Details:
     return {"unsafe_form_is_right": not wrong, "forms": rows, "backwards": ours}
 
 
+DTYPES = ("bf16", "fp16", "fp32")
+"""The one that models run in first."""
+STATUSES = ("timed", "missing", "wrong", "error")
+
+
 def measure(op: OpBench) -> Callable[[Session], Details]:
-    """Return the stage that times an op beside its competitors."""
+    """Return the stage that times an op beside its competitors, in the first dtype that it takes."""
 
     def run(session: Session) -> Details:
-        # The interpreter has no bfloat16; on a GPU it is what counts, so it comes first.
-        run_op(op, session, ("fp32",) if session.plan.rehearse else ("bf16", "fp16", "fp32"))
-        rows = [row for row in session.store.rows.values() if row["stage"] == op.OP]
-        counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
-        if counts["wrong"] or counts["error"]:
-            raise StageFailed(f"{counts['wrong']} rows with wrong values, {counts['error']} with an error", counts)
-        return counts
+        # The interpreter has no bfloat16.
+        first = next(iter(op.SHAPES.values()))
+        run_op(op, session, ("fp32",) if session.plan.rehearse else dtypes_of(op, first, DTYPES)[:1])
+        return judged(session, [op])
 
     return run
 
 
-STATUSES = ("timed", "missing", "wrong", "error")
+def other_dtypes(session: Session) -> Details:
+    """Time every op in the dtypes that its stage has left out; of a rehearsal all rows are there already."""
+    for op in ops():
+        run_op(op, session, ("fp32",) if session.plan.rehearse else DTYPES)
+    return judged(session, ops())
+
+
+def judged(session: Session, of: list[OpBench]) -> Details:
+    """Count the rows of some ops by how they ended.
+
+    Raises:
+        StageFailed: there are some with wrong values or an error.
+    """
+    names = {op.OP for op in of}
+    ended = [row["status"] for row in session.store.rows.values() if row["stage"] in names]
+    counts = {status: ended.count(status) for status in STATUSES}
+    if counts["wrong"] or counts["error"]:
+        raise StageFailed(f"{counts['wrong']} rows with wrong values, {counts['error']} with an error", counts)
+    return counts
 
 
 def demo(session: Session) -> Details:
@@ -184,23 +206,42 @@ def tail(log: Path) -> list[str]:
     return log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
 
 
+MEASURED = {
+    "window_attention": "our kernels and their competitors at the paper's stages, windows of 7 to 24",
+    "window_attention_3d": "the same on frames and volumes: Video Swin's stages and SwinUNETR's",
+    "contrastive_loss": "up to 65,536 pairs beside the losses that write all logits, up to a million alone",
+    "patch_merging": "gather, norm and product in one pass, beside Swin's own code",
+    "layer_norm": "layer norm on the maps of the models, beside apex and Liger",
+    "layer_norm_residual": "the same of a sum, which is returned too",
+    "mlp": "two products with bias and GELU between them",
+    "window_attention_cosine": "Swin V2's attention at the sizes of flash-window-attention-v2's figure",
+    "window_attention_partitioned": "attention in windows that are cut out already",
+    "conv_embed": "CoSwin's stem and the convolutions between its stages",
+    "sigmoid_loss": "SigLIP's loss beside the plain one and siglip-kernel",
+    "l2_normalize": "features divided by their length",
+    "deform_conv2d": "the levels of Dynamic Head, beside torchvision",
+    "batched_nms": "boxes of many classes, beside torchvision",
+    "nms": "boxes of one class, beside torchvision",
+}
+"""The files of bench/ops, in order of value, and what is worth knowing of each."""
+
+
+def ops() -> list[OpBench]:
+    """Return the files of bench/ops in the order in which they are measured."""
+    return [importlib.import_module(f"bench.ops.{name}") for name in MEASURED]
+
+
 def stages() -> list[Stage]:
     """Return the stages in the order in which they run."""
-    from bench.ops import contrastive_loss, layer_norm, window_attention
-
     return [
         Stage("environment", "versions, clocks, copy bandwidth and matrix rate", environment, once=False, always=True),
         Stage("correctness", "the tests marked gpu, or the checks of florence-fast verify", correctness),
         Stage("self_test", "whether this Triton multiplies a transposed product right here", self_test),
-        Stage(
-            "window_attention",
-            "our kernels and their competitors at the paper's sizes",
-            measure(window_attention),
-            once=False,
-        ),
-        Stage(
-            "contrastive_loss", "the loss beside the one that writes all logits", measure(contrastive_loss), once=False
-        ),
-        Stage("layer_norm", "layer norm on the maps of the models", measure(layer_norm), once=False),
+        *(Stage(op.OP, MEASURED[op.OP], measure(op), once=False) for op in ops()),
+        Stage("tune", "the launch configuration of each kernel, found by measurement", tune_search.run, once=False),
+        Stage("inference", "Swin and CoSwin: images a second, MFU, peak memory", models.inference, once=False),
+        Stage("training", "the same, forward and backward", models.training, once=False),
+        Stage("first_call", "first features in a fresh process, Triton's cache empty, then full", models.first_call),
+        Stage("other_dtypes", "every op in float16 and float32 too", other_dtypes, once=False),
         Stage("demo", "pretraining of florence_nano on CUDA", demo),
     ]

@@ -1,4 +1,7 @@
-"""The environment variables that change what the package does: one table, read at every call and never cached."""
+"""The environment variables that change what the package does: one table, read at every call, never cached.
+
+FLORENCE_FAST_NVTX alone is read once, when `florence_fast.ranges` is imported: its ranges must cost nothing while off.
+"""
 
 import os
 from typing import NamedTuple
@@ -12,7 +15,10 @@ class Variable(NamedTuple):
     meaning: str
 
 
-VARIABLES = (Variable("FLORENCE_FAST_BACKEND", "auto", "backend of every op: auto, triton, cpp, torch or reference"),)
+VARIABLES = (
+    Variable("FLORENCE_FAST_BACKEND", "auto", "backend of every op: auto, triton, cpp, torch or reference"),
+    Variable("FLORENCE_FAST_NVTX", "0", "1 makes NVTX ranges, for Nsight, around ops, stages, phases and data"),
+)
 
 # Variables of others that explain a surprising speed or device; shown by `florence-fast info`, never read here.
 OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR")

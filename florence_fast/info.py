@@ -18,6 +18,7 @@ PACKAGES = (
     "tokenizers",
     "transformers",
     "tensorboard",
+    "nvtx",
 )
 Rows = list[dict[str, Any]]
 

@@ -149,11 +149,3 @@ def _status(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status must hold {name}")
-
-
-def memory_of_machine() -> int:
-    """Return the bytes of memory that are free for use here."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo must hold MemAvailable")

@@ -1,4 +1,8 @@
-"""The contrastive loss at the batches of contrastive pretraining, beside the plain one that writes all logits.
+"""The contrastive loss at the batches of contrastive pretraining, beside those that write all logits or do not.
+
+Float64 decides about every row, and has no time for 10^12 logits. A batch of more than 16,384 pairs therefore holds
+16,384 drawn ones several times over: its loss and gradients follow exactly from those of the draw (see
+``repeated_setup``), and what is compared is still every number of the whole batch, as the kernels gave it.
 
 Letters: B pairs · D embedding dim.
 """
@@ -7,10 +11,25 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.competitors import compiled, library, ours
+from bench.competitors import SLOW as SLOW_TO_BUILD
+from bench.competitors_losses import cut_cross_entropy, inf_cl, loss_field, open_clip
 from florence_fast.verify import contrastive_loss
 from florence_fast.verify.cases import Inputs
 from florence_fast.verify.contrastive_loss import SUBJECT
+
+__all__ = [
+    "COMPETITORS",
+    "OP",
+    "REHEARSAL",
+    "SHAPES",
+    "SLOW_TO_BUILD",
+    "budget_cases",
+    "bytes_moved",
+    "flops",
+    "setup",
+    "takes",
+    "units",
+]
 
 OP = "contrastive_loss"
 
@@ -22,22 +41,35 @@ class Shape:
     batch: int
     dim: int
     names: int | None = None
+    repeats: int = 1
+    """How often the batch holds each drawn pair."""
 
 
-# The gate compares with float64, which needs all B^2 logits several times over: larger batches wait for the suite.
+# The most valuable first: a run may be cut short, and the last takes minutes.
 SHAPES = {
     "clip_16k_d512": Shape(16384, 512),
     "clip_16k_d1024": Shape(16384, 1024),
+    "clip_64k_d512": Shape(65536, 512, repeats=4),
     "unicl_16k_d512": Shape(16384, 512, 8192),
     "clip_4k_d768": Shape(4096, 768),
     "ragged_5000_d512": Shape(5000, 512),
+    "clip_64k_d768": Shape(65536, 768, repeats=4),
+    "clip_64k_d1024": Shape(65536, 1024, repeats=4),
+    "unicl_64k_d512": Shape(65536, 512, 8192, repeats=4),
+    "clip_256k_d512": Shape(262_144, 512, repeats=16),
+    "clip_1m_d512": Shape(1_048_576, 512, repeats=64),
 }
-REHEARSAL = {"tiny": Shape(70, 32), "tiny_unicl": Shape(90, 24, 20)}
+REHEARSAL = {"tiny": Shape(70, 32), "tiny_unicl": Shape(90, 24, 20), "tiny_repeated": Shape(66, 32, repeats=3)}
+
+
+def takes(shape: Shape, dtype: str) -> bool:
+    """Say whether a size is measured in a dtype: a million pairs in bfloat16, as one trains on them."""
+    return dtype == "bf16" or shape.batch <= 65536
 
 
 def setup(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """Draw the features of a batch."""
-    return contrastive_loss.setup(shape.batch, shape.dim, shape.names, dtype, device, seed)
+    return contrastive_loss.repeated_setup(*(shape.batch, shape.dim, shape.names, shape.repeats), dtype, device, seed)
 
 
 # Both features are read, and in the backward their gradients written; B x B logits are not.
@@ -64,10 +96,8 @@ def budget_cases(shape: Shape, dtype: str, mode: str) -> list[str]:
     return [f"contrastive_loss D{shape.dim} {dtype} forward"] if mode == "forward" else []
 
 
-COMPETITORS = {
-    "ours (triton)": ours(OP, "triton"),
-    "eager": library(SUBJECT.rivals["eager"]),
-    "ours (torch)": ours(OP, "torch"),
-    "torch.compile": compiled(SUBJECT.rivals["eager"]),
-}
-SLOW_TO_BUILD = ("torch.compile",)
+COMPETITORS = loss_field(
+    OP,
+    SUBJECT.rivals["eager"],
+    {"open_clip": open_clip, "Inf-CL": inf_cl, "cut-cross-entropy": cut_cross_entropy},
+)

@@ -7,9 +7,24 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.competitors import compiled, library, ours
+from bench.competitors import SLOW as SLOW_TO_BUILD
+from bench.competitors import field, found, needs_gpu
+from bench.session import Built, Plan
 from florence_fast.verify.cases import Inputs
 from florence_fast.verify.rows import draw_layer_norm, plain_layer_norm
+
+__all__ = [
+    "COMPETITORS",
+    "OP",
+    "REHEARSAL",
+    "SHAPES",
+    "SLOW_TO_BUILD",
+    "budget_cases",
+    "bytes_moved",
+    "flops",
+    "setup",
+    "units",
+]
 
 OP = "layer_norm"
 
@@ -60,10 +75,18 @@ def budget_cases(shape: Shape, dtype: str, mode: str) -> list[str]:
     return [f"layer_norm C{shape.channels} {dtype} {direction}" for direction in directions]
 
 
-COMPETITORS = {
-    "ours (triton)": ours(OP, "triton"),
-    "eager": library(lambda inputs: plain_layer_norm),
-    "ours (torch)": ours(OP, "torch"),
-    "torch.compile": compiled(lambda inputs: plain_layer_norm),
-}
-SLOW_TO_BUILD = ("torch.compile",)
+def apex(inputs: Inputs, plan: Plan) -> Built:
+    """Call NVIDIA's fused norm; the apex on PyPI is another package and has none."""
+    norm = found("apex", "normalization.fused_layer_norm.mixed_dtype_fused_layer_norm_affine")
+    needs_gpu(inputs)
+    return Built(lambda x, weight, bias: norm(x, weight, bias, x.shape[-1:], 1e-5))
+
+
+def liger(inputs: Inputs, plan: Plan) -> Built:
+    """Call Liger's kernel."""
+    norm = found("liger_kernel", "transformers.functional.liger_layer_norm")
+    needs_gpu(inputs)
+    return Built(lambda x, weight, bias: norm(x, weight, bias, 1e-5))
+
+
+COMPETITORS = field(OP, lambda inputs: plain_layer_norm, {"apex": apex, "liger": liger})

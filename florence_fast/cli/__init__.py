@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from florence_fast.cli import budget, demo, evaluate, info, predict, search, train, verify
+from florence_fast.cli import budget, demo, evaluate, info, predict, profile, search, train, verify, warmup
 from florence_fast.cli.usage import WrongUsage
 from florence_fast.version import __version__
 
@@ -25,6 +25,8 @@ app.command("predict")(predict.command)
 app.command("search")(search.command)
 app.command("info")(info.command)
 app.command("verify")(verify.command)
+app.command("profile")(profile.command)
+app.command("warmup")(warmup.command)
 app.command("budget", context_settings=budget.PASS_ON)(budget.command)
 
 

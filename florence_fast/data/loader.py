@@ -24,6 +24,7 @@ from florence_fast.data.picture_cache import PictureCache, fits_in_memory, shrin
 from florence_fast.data.prompts import draw_text
 from florence_fast.data.sampling import TEXT, epoch_order, uniform
 from florence_fast.errors import unknown
+from florence_fast.ranges import annotated
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ class PairLoader:
                 while len(ahead) <= decoding.batches_ahead:
                     start = position + self.rank * batch_size
                     slots = self._slots(np.arange(start, start + batch_size))
-                    ahead.append((slots, decoding.start(self._to_decode(slots))))
+                    ahead.append((slots, annotated("data.decode")(decoding.start(self._to_decode(slots)))))
                     position += batch_size * self.world_size
                 slots, finish = ahead.popleft()
                 yield self._assemble(slots, finish(), decoder, image_size, augment_text)
@@ -206,6 +207,7 @@ class PairLoader:
         keys = dict.fromkeys(self._key(index, epoch) for index, epoch in pairs if index not in self._faults)
         return [key for key in keys if self._pictures is None or key[0] not in self._pictures]
 
+    @annotated("data.assemble")
     def _assemble(self, slots: Slots, decoded: Decoded, decoder: Decoder, image_size: int, augment_text: bool) -> Batch:
         """Put a batch together from decoded pictures, with stand-ins for the pairs that cannot be read."""
         self._keep(decoded)
@@ -276,6 +278,7 @@ class PairLoader:
         more = len(self._faults) - len(named)
         return "; ".join(named) + (f"; and {more} more" if more else "")
 
+    @annotated("data.texts")
     def _draw_texts(self, slots: Slots, augment_text: bool) -> tuple[list[str], list[int]]:
         """Captions and labels of a batch."""
         pairs = [self._texts[index] for index in slots.indices.tolist()]

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from florence_fast import ops
 from florence_fast.models.config import TextConfig
-from florence_fast.models.layers import QuickGELU, init_weights, quieten_branches
+from florence_fast.models.layers import QuickGELU, add_branch_and_norm, init_weights, is_plain, quieten_branches
+from florence_fast.ranges import annotate
 
 
 class CausalAttention(nn.Module):
@@ -55,8 +57,18 @@ class TextBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Map (B, N, W) to (B, N, W), under the causal ``mask`` (N, N)."""
-        x = x + self.attn(self.ln_1(x), mask)
-        return x + self.mlp(self.ln_2(x))
+        x, normed = add_branch_and_norm(x, self.attn(self.ln_1(x), mask), self.ln_2)
+        return x + self._mlp(normed)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        fc, proj = self.mlp.c_fc, self.mlp.c_proj
+        activation = _ACTIVATIONS.get(type(self.mlp.gelu))
+        if activation is None or not is_plain(fc, proj):
+            return self.mlp(x)
+        return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=activation)
+
+
+_ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
 
 
 class TextTower(nn.Module):
@@ -110,13 +122,15 @@ class TextTower(nn.Module):
                 f"got {tuple(tokens.shape)}"
             )
         length = tokens.shape[1]
-        x = self.token_projection(self.token_embedding(tokens)) + self.positional_embedding[:length]  # (B, N, W)
+        with annotate("text.embedding"):
+            x = self.token_projection(self.token_embedding(tokens)) + self.positional_embedding[:length]  # (B, N, W)
         mask = x.new_full((length, length), float("-inf")).triu(1)
-        for block in self.resblocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask)
+        with annotate("text.blocks"):
+            for block in self.resblocks:
+                if self.grad_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, mask, use_reentrant=False)
+                else:
+                    x = block(x, mask)
         ends = tokens.argmax(1) + length * torch.arange(len(tokens), device=tokens.device)
         return self.ln_final(x.flatten(0, 1).index_select(0, ends))
 

@@ -14,6 +14,7 @@ from florence_fast.models.config import ImageConfig
 from florence_fast.models.layers import drop_path_rates, init_weights, quieten_branches
 from florence_fast.models.saving import SavePretrained
 from florence_fast.models.swin_block import Stage, SwinBlock, WindowAttention
+from florence_fast.ranges import annotate
 
 
 class ImageTower(SavePretrained, nn.Module):
@@ -76,10 +77,12 @@ class ImageTower(SavePretrained, nn.Module):
     def forward_features(self, image: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to the last stage's normalised map (B, H/32, W/32, num_features)."""
         x = self._stem(image)
-        for stage in self.layers:
-            x = stage(x)
+        for index, stage in enumerate(self.layers):
+            with annotate("image.stage", index):
+                x = stage(x)
             if stage.downsample is not None:
-                x = stage.downsample(x)
+                with annotate("image.merge", index):
+                    x = stage.downsample(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -103,7 +106,8 @@ class ImageTower(SavePretrained, nn.Module):
             raise ValueError(f"image must be at least 4 pixels wide and high, got {tuple(image.shape)}")
         if not image.is_floating_point():
             raise TypeError(f"image must hold normalised floating-point numbers, got {image.dtype}")
-        return self.patch_embed(image.to(self.patch_embed.proj.weight.dtype))
+        with annotate("image.stem"):
+            return self.patch_embed(image.to(self.patch_embed.proj.weight.dtype))
 
     def forward_intermediates(
         self,
@@ -133,14 +137,16 @@ class ImageTower(SavePretrained, nn.Module):
         last = len(self.layers) - 1
         x, maps = self._stem(image), []
         for index, stage in enumerate(self.layers):
-            x = stage(x)
+            with annotate("image.stage", index):
+                x = stage(x)
             if index in wanted:
                 out = self.norm(x) if norm and index == last else x
                 maps.append(out.permute(0, 3, 1, 2) if output_fmt == "NCHW" else out)
             if stop_early and index == wanted[-1]:
                 break
             if stage.downsample is not None:
-                x = stage.downsample(x)
+                with annotate("image.merge", index):
+                    x = stage.downsample(x)
         return maps if intermediates_only else (self.norm(x) if index == last else x, maps)
 
     def stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from florence_fast import env
+from florence_fast import env, ranges
 from florence_fast.errors import unknown
 
 BACKENDS = ("triton", "cpp", "torch", "reference")
@@ -198,8 +198,11 @@ def define_pair(
     backward_fake: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Any, Any]:
     """Register ``florence_fast::name`` and ``florence_fast::name_backward``; whoever calls it joins them."""
-    forward_op = torch.library.custom_op(f"florence_fast::{name}", _plain(forward), mutates_args=())
-    backward_op = torch.library.custom_op(f"florence_fast::{name}_backward", _plain(backward), mutates_args=())
+    forward_op = torch.library.custom_op(f"florence_fast::{name}", _plain(name, forward), mutates_args=())
+    backward_name = f"{name}_backward"
+    backward_op = torch.library.custom_op(
+        f"florence_fast::{backward_name}", _plain(backward_name, backward), mutates_args=()
+    )
     forward_op.register_fake(forward_fake)
     backward_op.register_fake(backward_fake)
     return forward_op, backward_op
@@ -246,12 +249,13 @@ def define(
     return forward_op
 
 
-def _plain(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Wrap an implementation so that it runs outside autocast, whatever surrounds the call."""
+def _plain(name: str, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Wrap an implementation so that it runs outside autocast, whatever surrounds the call, and in a named range."""
+    name = f"op.{name}"
 
     @functools.wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        with without_autocast(x.device.type):
+        with ranges.annotate(name), without_autocast(x.device.type):
             return function(x, *args, **kwargs)
 
     return run

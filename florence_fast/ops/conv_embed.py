@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from florence_fast.ops import _backend
+from florence_fast.ranges import annotated
 
 
+@annotated("op.conv_embed")
 def conv_embed(
     x: Tensor,
     weight: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from florence_fast.ops import _backend
 from florence_fast.ops.boxes import box_iou, check_boxes
+from florence_fast.ranges import annotated
 
 BLOCK = 128
 """How many boxes the ``torch`` backend settles at a time."""
@@ -127,6 +128,7 @@ def unsupported_reasons(backend: str, boxes: Tensor, *args: Any, **options: Any)
 
 # One op for both functions. It has no backward, and how many boxes it keeps is known only when it has run.
 @torch.library.custom_op("florence_fast::nms", mutates_args=())
+@annotated("op.nms")
 def _nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, backend: str) -> Tensor:
     if backend == "reference" or len(boxes) == 0:
         arguments = (boxes, scores) if idxs is None else (boxes, scores, idxs)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from florence_fast.data.loader import Batch, PairLoader
 from florence_fast.models.saving import CONFIG_KEY
+from florence_fast.ranges import annotate, annotated
 from florence_fast.train.checkpoint import CheckpointStore
 from florence_fast.train.config import Stage, TrainConfig
 from florence_fast.train.counters import Counters
@@ -179,17 +180,20 @@ class Trainer:
             logger.info("stopped by %s after step %d", stop.signal.name if stop.signal else "another rank", self.step)
         return path
 
+    @annotated("train.step")
     def _take_step(self, stop: StopRequest) -> bool:
         """Take one step; return whether some rank was asked to stop."""
         counters, started = self.counters, time.perf_counter()
         stage = self._enter_stage()
-        batch = next(self._batches)
+        with annotate("train.data"):
+            batch = next(self._batches)
         samples = len(batch.images) * world_size()
         self._times.add(time.perf_counter() - started, samples)
         seed_step(self.config.seed, counters.step, rank())
         set_learning_rate(self.optimizer, learning_rate(self.config, counters.step))
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.contrastive_step(batch, stage.image_size, counters.step, self.scaler)
+        with annotate("train.gradients"):
+            loss = self.contrastive_step(batch, stage.image_size, counters.step, self.scaler)
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -197,7 +201,8 @@ class Trainer:
         if finite:
             if self.config.grad_clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip_norm, norm)
-            self.scaler.step(self.optimizer)
+            with annotate("train.optimizer"):
+                self.scaler.step(self.optimizer)
             self.model.clamp_logit_scale_()
             if self.ema is not None:
                 self.ema.update(self.model)
@@ -289,6 +294,7 @@ class Trainer:
                 self.log.record({"step": counters.step, "seconds": self.watch.seconds, **answer})
         self._times = IntervalTimes()
 
+    @annotated("train.checkpoint")
     def _save(self) -> Path:
         """Write a checkpoint from rank 0; the others wait."""
         self.counters.seconds = self.watch.seconds

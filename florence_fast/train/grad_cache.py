@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from florence_fast.ranges import annotated
+
 Loss = Callable[..., Tensor]
 Scale = float | Callable[[Tensor], Tensor]
 
@@ -110,6 +112,7 @@ class GradCache:
             parts.append(Part(tuple(kept), tuple(map(len, rows))))
         return parts
 
+    @annotated("grad_cache.forward")
     def _forward(self, part: Part) -> tuple[Tensor | None, ...]:
         return tuple(self.model(**dict(zip(self.towers, part.inputs, strict=True))))
 
@@ -117,6 +120,7 @@ class GradCache:
     def _is_fsdp(self) -> bool:
         return hasattr(self.model, "set_requires_gradient_sync")
 
+    @annotated("grad_cache.first_pass")
     @torch.no_grad()
     def _first_pass(self, parts: list[Part]) -> tuple[list["_RandomState"], list[Tensor]]:
         """Return the random state before each part, and the features of the whole batch followed by the scalars."""
@@ -134,6 +138,7 @@ class GradCache:
         ]
         return states, [*features, *outputs[-1][len(self.towers) :]]
 
+    @annotated("grad_cache.loss")
     def _loss_and_gradients(
         self, outputs: list[Tensor], labels: Tensor | None, scale: Scale
     ) -> tuple[Tensor, list[Tensor]]:
@@ -145,6 +150,7 @@ class GradCache:
             gradients = torch.autograd.grad(scaled, leaves, allow_unused=True, materialize_grads=True)
         return loss.detach(), [grad.to(x.dtype) for grad, x in zip(gradients, outputs, strict=True)]
 
+    @annotated("grad_cache.second_pass")
     def _second_pass(self, parts: list[Part], states: list["_RandomState"], gradients: list[Tensor]) -> None:
         """Run every part forward with its masks of the first pass, and backward with its rows of ``gradients``."""
         features, scalars = gradients[: len(self.towers)], gradients[len(self.towers) :]
@@ -179,6 +185,7 @@ class _RandomState:
             torch.cuda.set_rng_state(state, device)
 
 
+@annotated("grad_cache.backward")
 def _backward(outputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]) -> None:
     """Go backward from those outputs that have a gradient to pass on; a frozen tower has none.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from florence_fast.data.loader import Batch
+from florence_fast.ranges import annotated
 from florence_fast.train.config import TrainConfig
 from florence_fast.train.distributed import rank, world_size
 from florence_fast.train.grad_cache import GradCache
@@ -71,6 +72,7 @@ class ContrastiveStep:
         """
         return self._backward(self.prepare(batch, image_size, step), scaler)
 
+    @annotated("train.prepare")
     def prepare(self, batch: Batch, image_size: int, step: int) -> Prepared:
         """Augment the pictures, tokenise each distinct text once and cut the tokens to the longest."""
         row_of = {text: row for row, text in enumerate(dict.fromkeys(batch.texts))}

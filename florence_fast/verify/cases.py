@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+Results = dict[str, Tensor]
 
 
 @dataclass
@@ -21,9 +22,18 @@ class Inputs:
     """By the op's argument names; each gets a gradient."""
     options: dict[str, Any]
     """The op's other arguments."""
-    grad_out: Tensor
+    grad_out: Tensor | tuple[Tensor, ...] | None
+    """One for each result; None for an op without a gradient."""
     prepared: dict[str, Any] = field(default_factory=dict)
     """What a model computes once and keeps, such as the mask of a shift; for the rivals."""
+    smaller: "Inputs | None" = None
+    """A draw that float64 can afford where it cannot afford this one, and whose results say what those of this are."""
+    enlarged: Callable[[Results], Results] = dict
+    """From the results of ``smaller`` to those of this draw."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,11 @@ def subjects() -> dict[str, Subject]:
     )
     known += (*rows.SUBJECTS, *merging.SUBJECTS)
     return {subject.op: subject for subject in known}
+
+
+def each(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the results of an op that has one or several."""
+    return x if isinstance(x, tuple) else (x,)
 
 
 def generator(device: str, seed: int) -> torch.Generator:

@@ -5,12 +5,14 @@ a gradient three times: what a precision cannot do is asked of nobody, what it c
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from florence_fast.verify.cases import Function, each
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 
@@ -35,30 +37,43 @@ class Judgement:
 
 
 def results(
-    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], grad_out: Tensor, dtype: torch.dtype | None = None
+    function: Function,
+    tensors: Mapping[str, Tensor],
+    grad_out: Tensor | tuple[Tensor, ...] | None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Run forward and backward.
+    """Run forward and, if there is a gradient, backward.
 
     Args:
         function: takes ``tensors`` by name.
         tensors: floating, each gets a gradient.
-        grad_out: the gradient of the result.
+        grad_out: the gradient of the result, or of each of several; None for an op without one.
         dtype: cast ``tensors`` first, e.g. to float64 for the reference.
 
     Returns:
-        ``out``, and ``dNAME`` for each of ``tensors``.
+        ``out``, or ``out0`` and ``out1``, and ``dNAME`` for each of ``tensors``. Integers come as float64.
     """
-    leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
-    out = function(**leaves)
-    grads = torch.autograd.grad(out, list(leaves.values()), grad_out.to(out.dtype))
-    return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+    leaves = {name: x.detach().to(dtype or x.dtype) for name, x in tensors.items()}
+    if grad_out is None:
+        return _named(each(function(**leaves)))
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    outs = each(function(**leaves))
+    grads_out = [grad.to(out.dtype) for grad, out in zip(each(grad_out), outs, strict=True)]
+    grads = torch.autograd.grad(outs, list(leaves.values()), grads_out)
+    return _named(outs) | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def _named(outs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    values = [out.detach() if out.is_floating_point() else out.double() for out in outs]
+    return {"out": values[0]} if len(values) == 1 else {f"out{i}": value for i, value in enumerate(values)}
 
 
 def judge(found: Mapping[str, Tensor], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> list[Judgement]:
     """Compare what was ``found`` with the ``exact`` float64 results, and so with the ``plain`` ones, name by name."""
     judgements = []
     for name, wanted in exact.items():
-        factor = FORWARD_FACTOR if name == "out" else GRADIENT_FACTOR
+        factor = FORWARD_FACTOR if name.startswith("out") else GRADIENT_FACTOR
         error, plain_error = (relative_error(x[name], wanted) for x in (found, plain))
         # The plain result of a lucky draw may be nearer than rounding: one rounding of the result is always allowed.
         limit = factor * max(plain_error, rounding(plain[name]))

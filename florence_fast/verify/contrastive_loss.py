@@ -5,6 +5,7 @@ Letters: B pairs · D embedding dim.
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,34 @@ def setup(batch: int, dim: int, names: int | None, dtype: torch.dtype, device: s
     tensors["logit_scale"] = torch.tensor(20.0, device=device, dtype=wide)
     labels = None if names is None else torch.randint(names, (batch,), generator=draw, device=device)
     return Inputs(tensors, {"labels": labels}, torch.ones((), device=device, dtype=wide))
+
+
+def repeated_setup(
+    batch: int, dim: int, names: int | None, repeats: int, dtype: torch.dtype, device: str, seed: int = 0
+) -> Inputs:
+    """Draw ``batch / repeats`` pairs and take each ``repeats`` times: float64 decides on the draw alone.
+
+    Every sum over a row or column of logits then has each term ``repeats`` times, so that the loss grows by the
+    logarithm of that, and each copy gets its part of a feature's gradient. Copies of a text share its label; without
+    labels a copy's own text is the target, which is the same number.
+
+    Raises:
+        ValueError: the batch is not so many times a draw.
+    """
+    if repeats < 1 or batch % repeats:
+        raise ValueError(f"batch must be a multiple of repeats, got {batch} and {repeats}")
+    draw = setup(batch // repeats, dim, names, dtype, device, seed)
+    if repeats == 1:
+        return draw
+    tensors = {name: x.repeat(repeats, 1) if x.ndim else x for name, x in draw.tensors.items()}
+    labels = draw.options["labels"]
+    options = {"labels": None if labels is None else labels.repeat(repeats)}
+
+    def enlarged(results: dict[str, Tensor]) -> dict[str, Tensor]:
+        features = {name: x.repeat(repeats, 1) / repeats for name, x in results.items() if x.ndim}
+        return results | features | {"out": results["out"] + math.log(repeats)}
+
+    return Inputs(tensors, options, draw.grad_out, smaller=draw, enlarged=enlarged)
 
 
 def eager(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *, labels: Tensor | None) -> Tensor:

@@ -45,6 +45,13 @@ def plain_patch_merging(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weigh
 
 def setup_conv_embed(batch: int, side: int, channels: int) -> Make:
     """Return ``make(dtype, device, seed)``: a square map and a 3x3 convolution of stride 2 to twice the channels."""
+    return setup_convolution(batch, side, channels, 2 * channels, kernel=3, stride=2, padding=1)
+
+
+def setup_convolution(
+    batch: int, side: int, channels: int, width: int, *, kernel: int, stride: int, padding: int
+) -> Make:
+    """Return ``make(dtype, device, seed)``: a square map and a convolution to ``width`` channels."""
 
     def make(dtype: torch.dtype, device: str, seed: int) -> Inputs:
         draw, wide = generator(device, seed), torch.promote_types(dtype, torch.float32)
@@ -54,13 +61,13 @@ def setup_conv_embed(batch: int, side: int, channels: int) -> Make:
 
         tensors = {
             "x": normal(batch, side, side, channels),
-            "weight": normal(2 * channels, channels, 3, 3) / (9 * channels) ** 0.5,
-            "bias": normal(2 * channels),
-            "norm_weight": 1 + normal(2 * channels) / 4,
-            "norm_bias": normal(2 * channels) / 4,
+            "weight": normal(width, channels, kernel, kernel) / (kernel * kernel * channels) ** 0.5,
+            "bias": normal(width),
+            "norm_weight": 1 + normal(width) / 4,
+            "norm_bias": normal(width) / 4,
         }
-        coarse = (side - 1) // 2 + 1
-        return Inputs(tensors, {"stride": 2, "padding": 1}, normal(batch, coarse, coarse, 2 * channels))
+        coarse = (side + 2 * padding - kernel) // stride + 1
+        return Inputs(tensors, {"stride": stride, "padding": padding}, normal(batch, coarse, coarse, width))
 
     return make
 

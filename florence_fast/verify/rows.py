@@ -15,7 +15,9 @@ from florence_fast.verify.cases import Case, Function, Inputs, Subject, generato
 Draw = Callable[..., Tensor]
 
 
-def _inputs(make: Callable[[Draw], dict[str, Tensor]], out: tuple[int, ...], wide: set[str]) -> Callable[..., Inputs]:
+def _inputs(
+    make: Callable[[Draw], dict[str, Tensor]], out: tuple[int, ...], wide: set[str], outs: int = 1
+) -> Callable[..., Inputs]:
     """Return ``make(dtype, device, seed)``; the tensors named in ``wide`` stay float32, as in a model's parameters."""
 
     def draw(dtype: torch.dtype, device: str, seed: int) -> Inputs:
@@ -25,7 +27,8 @@ def _inputs(make: Callable[[Draw], dict[str, Tensor]], out: tuple[int, ...], wid
             return torch.randn(*shape, generator=source, device=device, dtype=full)
 
         tensors = {name: x if name in wide else x.to(dtype) for name, x in make(normal).items()}
-        return Inputs(tensors, {}, normal(*out).to(dtype))
+        grads_out = tuple(normal(*out).to(dtype) for _ in range(outs))
+        return Inputs(tensors, {}, grads_out if outs > 1 else grads_out[0])
 
     return draw
 
@@ -39,11 +42,24 @@ def draw_layer_norm(rows: int, channels: int) -> Callable[..., Inputs]:
     return _inputs(make, (rows, channels), {"weight", "bias"})
 
 
-def _l2_normalize(rows: int, channels: int) -> Callable[..., Inputs]:
+def draw_layer_norm_residual(rows: int, channels: int) -> Callable[..., Inputs]:
+    """Return the same for the form that adds a residual first and returns the sum and the norm."""
+
+    def make(normal: Draw) -> dict[str, Tensor]:
+        rows_of_both = {"x": normal(rows, channels), "residual": 1 + 2 * normal(rows, channels)}
+        return rows_of_both | {"weight": 1 + normal(channels) / 4, "bias": normal(channels)}
+
+    return _inputs(make, (rows, channels), {"weight", "bias"}, outs=2)
+
+
+def draw_l2_normalize(rows: int, channels: int) -> Callable[..., Inputs]:
+    """Return ``make(dtype, device, seed)`` for rows of any length."""
     return _inputs(lambda normal: {"x": normal(rows, channels)}, (rows, channels), set())
 
 
-def _mlp(rows: int, channels: int) -> Callable[..., Inputs]:
+def draw_mlp(rows: int, channels: int) -> Callable[..., Inputs]:
+    """Return ``make(dtype, device, seed)`` for a perceptron that is four times as wide inside."""
+
     def make(normal: Draw) -> dict[str, Tensor]:
         wide = 4 * channels
         return {
@@ -60,6 +76,12 @@ def _mlp(rows: int, channels: int) -> Callable[..., Inputs]:
 def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Normalise in the dtype of ``x``."""
     return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype))
+
+
+def plain_layer_norm_residual(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Add and normalise in the dtype of ``x``."""
+    total = x + residual
+    return total, plain_layer_norm(total, weight, bias)
 
 
 def plain_l2_normalize(x: Tensor) -> Tensor:
@@ -80,6 +102,6 @@ def _subject(op: str, setup: Callable[[int, int], Callable[..., Inputs]], plain:
 
 SUBJECTS = (
     _subject("layer_norm", draw_layer_norm, plain_layer_norm),
-    _subject("l2_normalize", _l2_normalize, plain_l2_normalize),
-    _subject("mlp", _mlp, plain_mlp),
+    _subject("l2_normalize", draw_l2_normalize, plain_l2_normalize),
+    _subject("mlp", draw_mlp, plain_mlp),
 )

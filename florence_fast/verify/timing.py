@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from florence_fast.verify.cases import Function, each
+
 MODES = ("forward", "backward", "both")
 MIN_SAMPLE_SECONDS = 100e-6
 """A sample on a GPU lasts at least as long; shorter calls are repeated inside it."""
@@ -28,26 +30,31 @@ class Timing:
     repeats: int
 
 
-def call_in_mode(function: Callable[..., Tensor], tensors: Mapping[str, Tensor], grad_out: Tensor, mode: str) -> Call:
+def call_in_mode(
+    function: Function, tensors: Mapping[str, Tensor], grad_out: Tensor | tuple[Tensor, ...] | None, mode: str
+) -> Call:
     """Return a call without arguments that runs ``function(**tensors)`` in one of ``MODES``.
 
     "forward" is without a graph, as in inference; "backward" walks one graph again and again.
     """
     leaves = {name: x.detach().requires_grad_(mode != "forward") for name, x in tensors.items()}
 
-    def forward() -> Tensor:
+    def grads_of(outs: tuple[Tensor, ...]) -> list[Tensor]:
+        return [grad.to(out.dtype) for grad, out in zip(each(grad_out), outs, strict=True)]
+
+    def forward() -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():
             return function(**leaves)
 
     def both() -> tuple[Tensor, ...]:
-        out = function(**leaves)
-        return torch.autograd.grad(out, list(leaves.values()), grad_out.to(out.dtype))
+        outs = each(function(**leaves))
+        return torch.autograd.grad(outs, list(leaves.values()), grads_of(outs))
 
     if mode != "backward":
         return {"forward": forward, "both": both}[mode]
-    out = function(**leaves)
-    grad = grad_out.to(out.dtype)
-    return lambda: torch.autograd.grad(out, list(leaves.values()), grad, retain_graph=True)
+    outs = each(function(**leaves))
+    grads = grads_of(outs)
+    return lambda: torch.autograd.grad(outs, list(leaves.values()), grads, retain_graph=True)
 
 
 def time_calls(calls: Mapping[str, Sequence[Call]], device: torch.device, seconds: float) -> dict[str, Timing]:
@@ -69,7 +76,7 @@ def _time_cuda(copies: Sequence[Call], seconds: float) -> Timing:
         copy()
     estimate = _elapsed(copies, 0, max(3, len(copies)))
     repeats = max(1, math.ceil(MIN_SAMPLE_SECONDS / estimate))
-    samples = min(200, max(10, round(seconds / (estimate * repeats))))
+    samples = min(200, max(10 if estimate < 1 else 3, round(seconds / (estimate * repeats))))
     turn, pairs = 0, []
     for _ in range(samples):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -5,14 +5,16 @@ d head dim.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops._windows import Cut, blocked_pairs, crop, cut_map, merge, offset_index, partition
+from florence_fast.ops._windows import MAX_LOG_SCALE, Cut, blocked_pairs, crop, cut_map, merge, offset_index, partition
 from florence_fast.verify.cases import Case, Function, Inputs, Subject, generator
 
 
@@ -29,30 +31,74 @@ class Shape:
     head_dim: int = 32
 
     @property
+    def size(self) -> tuple[int, ...]:
+        return self.height, self.width
+
+    @property
+    def window_size(self) -> tuple[int, ...]:
+        return (self.window,) * 2
+
+    @property
     def cut(self) -> Cut:
-        return cut_map((self.height, self.width), (self.window,) * 2, (self.shift,) * 2)
+        return cut_map(self.size, self.window_size, (self.shift,) * 2)
 
 
-def setup(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+@dataclass(frozen=True)
+class Shape3d:
+    """The same on maps that have frames, or on volumes."""
+
+    batch: int
+    frames: int
+    height: int
+    width: int
+    heads: int
+    window: tuple[int, int, int] = (8, 7, 7)
+    shift: tuple[int, int, int] = (4, 3, 3)
+    head_dim: int = 32
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return self.frames, self.height, self.width
+
+    @property
+    def window_size(self) -> tuple[int, ...]:
+        return self.window
+
+    @property
+    def cut(self) -> Cut:
+        return cut_map(self.size, self.window, self.shift)
+
+
+def setup(shape: Shape | Shape3d, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """Draw qkv, the bias table (float32, as models keep it) and the gradient; prepare what a model keeps."""
     draw = generator(device, seed)
-    size, channels, cut = (shape.batch, shape.height, shape.width), shape.heads * shape.head_dim, shape.cut
+    size, channels, cut = (shape.batch, *shape.size), shape.heads * shape.head_dim, shape.cut
     wide = torch.promote_types(dtype, torch.float32)
     qkv = torch.randn(*size, 3 * channels, generator=draw, device=device, dtype=wide).to(dtype)
-    table = torch.randn((2 * shape.window - 1) ** 2, shape.heads, generator=draw, device=device, dtype=wide)
+    offsets = math.prod(2 * side - 1 for side in shape.window_size)
+    table = torch.randn(offsets, shape.heads, generator=draw, device=device, dtype=wide)
     grad_out = torch.randn(*size, channels, generator=draw, device=device, dtype=wide).to(dtype)
-    blocked = blocked_pairs(cut, (False, False), True, qkv.device)
+    blocked = blocked_pairs(cut, (False,) * len(cut.size), True, qkv.device)
     mask = None
     if blocked is not None:
         mask = torch.zeros(blocked.shape, dtype=dtype, device=device).masked_fill_(blocked, -torch.inf)
     prepared = {
         "cut": cut,
         "num_heads": shape.heads,
-        "index": offset_index(cut.window, (shape.window,) * 2, qkv.device),
+        "index": offset_index(cut.window, shape.window_size, qkv.device),
         "mask": mask,
     }
     options = {"window_size": shape.window, "num_heads": shape.heads, "shift_size": shape.shift}
     return Inputs({"qkv": qkv, "rel_pos_bias_table": table}, options, grad_out, prepared)
+
+
+def setup_cosine(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    """Draw the same and the logarithm of a factor for each head, with which Swin V2 multiplies cosines."""
+    inputs = setup(shape, dtype, device, seed)
+    inputs.tensors["logit_scale"] = torch.linspace(1.5, 3.0, shape.heads, device=device).to(
+        torch.promote_types(dtype, torch.float32)
+    )
+    return inputs
 
 
 def eager(
@@ -79,6 +125,23 @@ def sdpa(
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=added.flatten(0, 1).expand(len(q), -1, -1, -1))
     out = out.unflatten(1, (cut.num_windows, num_heads)).flatten(0, 1)
     return crop(merge(out[None], cut, qkv.dtype), cut)
+
+
+def _unit(qkv: Tensor, logit_scale: Tensor, num_heads: int) -> Tensor:
+    """Scale q and k so that attention of head dim d multiplies cosines by exp of ``logit_scale``."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)
+    factor = logit_scale.clamp(max=MAX_LOG_SCALE).exp().to(qkv.dtype) * q.shape[-1] ** 0.5
+    return torch.stack((F.normalize(q, dim=-1) * factor[:, None], F.normalize(k, dim=-1), v), -3).flatten(-3)
+
+
+def cosine_eager(qkv: Tensor, rel_pos_bias_table: Tensor, logit_scale: Tensor, **prepared: Any) -> Tensor:
+    """Do the same with the cosines of Swin V2."""
+    return eager(_unit(qkv, logit_scale, prepared["num_heads"]), rel_pos_bias_table, **prepared)
+
+
+def cosine_sdpa(qkv: Tensor, rel_pos_bias_table: Tensor, logit_scale: Tensor, **prepared: Any) -> Tensor:
+    """Do the same with the cosines of Swin V2."""
+    return sdpa(_unit(qkv, logit_scale, prepared["num_heads"]), rel_pos_bias_table, **prepared)
 
 
 def gathered_bias(table: Tensor, index: Tensor, cut: Cut) -> Tensor:

@@ -43,3 +43,48 @@ def test_targets_are_assumed_for_what_is_not_on_a_gpu() -> None:
         with targets.assume(targets.A100):
             assert targets.target_of(device).arch == 80
     assert targets.target_of(device) == targets.INTERPRETER
+
+
+def test_a_forced_configuration_wins_over_table_and_default_inside_alone(tables: None) -> None:
+    def asked(kernel: str = "window_attention_bwd") -> Config:
+        return config_of(kernel, 90, torch.bfloat16, 64, 32, Config())
+
+    usual, other = asked(), asked("window_attention_fwd")
+    with configs.forced("window_attention_bwd", Config(1, 1, 1)):
+        assert asked() == Config(1, 1, 1) and asked("window_attention_fwd") == other
+        with configs.forced("window_attention_bwd", Config(2, 1, 1)):
+            assert asked() == Config(2, 1, 1)
+        assert asked() == Config(1, 1, 1)
+    with pytest.raises(ZeroDivisionError), configs.forced("window_attention_bwd", Config(1, 1, 1)):
+        raise ZeroDivisionError
+    assert asked() == usual == Config(4, 3, 2, 168)
+    with pytest.raises(TypeError, match="config must be a Config, got dict"), configs.forced("x", {"num_warps": 1}):
+        asked()
+
+
+def test_a_watch_sees_keys_and_defaults_whatever_is_forced(tables: None) -> None:
+    default = Config(num_warps=8)
+    force = configs.forced("window_attention_bwd", Config(1, 1, 1))
+    with configs.watched() as outer, configs.watched() as inner, force:
+        config_of("window_attention_bwd", 90, torch.bfloat16, 64, 32, default)
+    wanted = [configs.Request("window_attention_bwd", 90, "bfloat16/n64/d32", default)]
+    assert outer == inner == wanted
+    config_of("window_attention_bwd", 90, torch.bfloat16, 64, 32, default)
+    assert outer == wanted, "a watch ends with its block"
+    with configs.watched() as outer:
+        with configs.watched() as inner:
+            assert inner == []
+        config_of("window_attention_bwd", 90, torch.bfloat16, 64, 32, default)
+    assert (outer, inner) == (wanted, [])
+
+
+def test_a_table_that_was_written_counts_from_the_next_launch_on(tables: None) -> None:
+    def asked() -> int:
+        return config_of("window_attention_bwd", 90, torch.bfloat16, 64, 32, Config()).num_stages
+
+    assert asked() == 3
+    entry = {"bfloat16/n64/d32": {"num_warps": 2, "num_stages": 4, "programs_per_sm": 3, "maxnreg": None}}
+    configs.table_path(90).write_text(json.dumps({"window_attention_bwd": entry}))
+    assert asked() == 3, "tables are read once"
+    configs.forget_tables()
+    assert config_of("window_attention_bwd", 90, torch.bfloat16, 64, 32, Config()) == Config(2, 4, 3, None)

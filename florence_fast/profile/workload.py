@@ -1,0 +1,134 @@
+"""What is profiled: a forward pass, or a contrastive training step, of a named model on random pictures and texts.
+
+Letters: B pairs of a batch · L context length · S side of the pictures
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from florence_fast.data.loader import Batch
+from florence_fast.models import create_model, get_model_config
+from florence_fast.models.config import FlorenceConfig
+from florence_fast.ranges import annotate
+from florence_fast.train import TrainConfig
+from florence_fast.train.config import Stage
+from florence_fast.train.optim import create_optimizer
+from florence_fast.train.step import ContrastiveStep
+
+AUTOCAST = {"amp_bf16": torch.bfloat16, "amp": torch.float16}
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one step does.
+
+    Args:
+        model: name of a dual encoder or of an image tower.
+        batch_size: pictures, and as many texts for a dual encoder, B.
+        image_size: side of the pictures, S; None takes the model's.
+        precision: "fp32", "bf16" or "fp16" (weights), "amp_bf16" or "amp" (autocast).
+        train: forward, loss, backward and AdamW of a contrastive step, in place of a forward pass without a graph.
+        micro_batch_size: train through the gradient cache, with so many pairs at a time.
+        seed: of weights, pictures and texts.
+    """
+
+    model: str
+    batch_size: int
+    image_size: int | None = None
+    precision: str = "fp32"
+    train: bool = False
+    micro_batch_size: int | None = None
+    seed: int = 0
+
+
+def check(workload: Workload) -> None:
+    """Refuse a workload that cannot be run.
+
+    Raises:
+        ValueError: the model is unknown, an image tower is to be trained, or micro_batch_size is given without train.
+    """
+    config = get_model_config(workload.model)
+    if workload.train and not isinstance(config, FlorenceConfig):
+        raise ValueError(f"train needs a dual encoder, such as florence_tiny; {workload.model} is an image tower")
+    if workload.micro_batch_size is not None and not workload.train:
+        raise ValueError("micro_batch_size is the gradient cache's, which only train uses")
+
+
+def make_step(workload: Workload, device: str) -> Step:
+    """Build the model with random weights, draw its inputs, and return what runs one step.
+
+    Texts have the whole context length, so that a step costs what it may cost at most.
+
+    Raises:
+        ValueError: as `check` says.
+    """
+    check(workload)
+    torch.manual_seed(workload.seed)
+    size = {} if workload.image_size is None else {"img_size": workload.image_size}
+    model = create_model(workload.model, None, workload.precision, device, **size)
+    return (_training_step if workload.train else _forward)(workload, model)
+
+
+def _forward(workload: Workload, model: nn.Module) -> Step:
+    model.eval()
+    parameter = next(model.parameters())
+    both = isinstance(model.config, FlorenceConfig)
+    side = (model.config.image if both else model.config).img_size
+    images = torch.randn(workload.batch_size, 3, side, side, device=parameter.device, dtype=parameter.dtype)
+    inputs = (images, _tokens(workload, model).to(parameter.device)) if both else (images,)
+    dtype = AUTOCAST.get(workload.precision)
+
+    def step() -> object:
+        with (
+            torch.no_grad(),
+            contextlib.nullcontext() if dtype is None else torch.autocast(parameter.device.type, dtype),
+        ):
+            return model(*inputs)
+
+    return step
+
+
+def _training_step(workload: Workload, model: nn.Module) -> Step:
+    model.train()
+    size, count = model.config.image.img_size, workload.batch_size
+    config = TrainConfig(
+        stages=(Stage(steps=1, image_size=size),),
+        batch_size=count,
+        precision=workload.precision,
+        micro_batch_size=workload.micro_batch_size,
+        seed=workload.seed,
+    )
+    device = next(model.parameters()).device
+    tokens = _tokens(workload, model)
+    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
+    numbers = torch.arange(count)
+    batch = Batch(images, [str(number) for number in range(count)], numbers, numbers, skipped=0)
+    contrastive = ContrastiveStep(model, lambda texts: tokens[: len(texts)], config, None)
+    optimizer = create_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=workload.precision == "amp" and device.type == "cuda")
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with annotate("train.gradients"):
+            loss = contrastive(batch, size, 0, scaler)
+        with annotate("train.optimizer"):
+            scaler.step(optimizer)
+        scaler.update()
+        model.clamp_logit_scale_()
+        return loss
+
+    return step
+
+
+def _tokens(workload: Workload, model: nn.Module) -> Tensor:
+    """Draw (B, L) ids that fill the context: none is padding, and the last is the greatest, the end of the text."""
+    vocab_size = model.config.text.vocab_size
+    tokens = torch.randint(1, vocab_size - 1, (workload.batch_size, model.context_length))
+    tokens[:, -1] = vocab_size - 1
+    return tokens
