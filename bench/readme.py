@@ -13,7 +13,7 @@ from typing import Any
 from bench.anchors import load_anchors
 from bench.budget_picture import floor, shown
 from bench.report_rows import read_devices
-from bench.report_tables import readme_text
+from bench.report_tables import cpu_text, readme_text
 from florence_fast.files import write_text
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +132,11 @@ def gpu_table() -> str:
     return readme_text(read_devices(RESULTS), load_anchors())
 
 
+def cpu_table() -> str:
+    """What was measured on processors."""
+    return cpu_text(read_devices(RESULTS))
+
+
 OPS_COLUMNS = ("the floor, clocks", "busiest unit, clocks", "stack, bytes", "measured, clocks")
 COLUMNS = ("instructions a warp", "the floor, clocks", "busiest unit of that", "stack, bytes", "measured, clocks")
 UNITS = {
@@ -144,7 +149,13 @@ UNITS = {
     "shared": "shared memory",
     "memory": "memory",
 }
-TABLES = {"demo": demo_table, "budget": budget_table, "budget_ops": budget_ops_table, "gpu": gpu_table}
+TABLES = {
+    "demo": demo_table,
+    "budget": budget_table,
+    "budget_ops": budget_ops_table,
+    "gpu": gpu_table,
+    "cpu": cpu_table,
+}
 
 
 def fill(text: str) -> str:

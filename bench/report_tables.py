@@ -1,4 +1,4 @@
-"""The tables of the report: the text of ``bench/results/REPORT.md`` and of the README's part on GPUs, from the rows."""
+"""The tables of the report: the text of ``bench/results/REPORT.md`` and of the README's measured parts, from the rows."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -260,3 +260,27 @@ def readme_sheet(device: Device) -> Sheet:
         parts = [times_best(found), share(ours.get("copy_ratio")), share(roofline(ours)), mebibytes(ours)]
         rows.append([op, shape, mode, milliseconds(ours["median"]), *others, *parts])
     return Sheet(device.name, head, rows)
+
+
+def cpu_text(devices: list[Device]) -> str:
+    """Write what processors have shown, for the README: every competitor of a subject, and its time as a part of ours."""
+    texts = []
+    for device in devices:
+        timed = [row for row in device.timed() if not device.is_gpu]
+        if not timed:
+            continue
+        lines = []
+        for (op, shape, dtype, mode), rows in groups(timed):
+            ours = fastest(row for row in rows.values() if is_ours(row))
+            for name, row in rows.items():
+                ratio = "" if ours is None or row is ours else f"{row['median'] / ours['median']:.2f}x"
+                memory = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e9:.2f}"
+                work = f"{op}: {shape}, {dtype}, {'forward' if mode == 'forward' else 'forward and backward'}"
+                lines.append([work, name, milliseconds(row["median"]), ratio, memory])
+        sheet = Sheet("", ["work", "by", "ms", "of our time", "GB over the inputs"], lines)
+        first = timed[0]
+        texts.append(
+            f"{device.name}, {first['threads']} threads, torch {first['torch']}; medians, competitors in turns.\n"
+        )
+        texts.append(sheet.markdown())
+    return "\n".join(texts) if texts else "Not measured yet."
