@@ -1,4 +1,4 @@
-"""The tables of the report: the text of ``bench/results/REPORT.md`` and of the README's measured parts, from the rows."""
+"""The tables of the report: the text of ``bench/results/REPORT.md`` and of the README's measured parts."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -263,7 +263,7 @@ def readme_sheet(device: Device) -> Sheet:
 
 
 def cpu_text(devices: list[Device]) -> str:
-    """Write what processors have shown, for the README: every competitor of a subject, and its time as a part of ours."""
+    """Write what processors have shown, for the README: each competitor, and its time as a multiple of ours."""
     texts = []
     for device in devices:
         timed = [row for row in device.timed() if not device.is_gpu]
@@ -277,10 +277,9 @@ def cpu_text(devices: list[Device]) -> str:
                 memory = "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e9:.2f}"
                 work = f"{op}: {shape}, {dtype}, {'forward' if mode == 'forward' else 'forward and backward'}"
                 lines.append([work, name, milliseconds(row["median"]), ratio, memory])
-        sheet = Sheet("", ["work", "by", "ms", "of our time", "GB over the inputs"], lines)
+        sheet = Sheet("", ["work", "by", "ms", "times ours", "GB over the inputs"], lines)
         first = timed[0]
-        texts.append(
-            f"{device.name}, {first['threads']} threads, torch {first['torch']}; medians, competitors in turns.\n"
-        )
+        machine = f"{device.name}, {first['threads']} threads, torch {first['torch']}"
+        texts.append(f"{machine}; medians, competitors taking turns.\n")
         texts.append(sheet.markdown())
     return "\n".join(texts) if texts else "Not measured yet."
