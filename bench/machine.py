@@ -30,6 +30,7 @@ WHAT_DECIDES_A_ROW = (
     "bench/competitors_losses.py",
     "bench/competitors_windows.py",
     "bench/models.py",
+    "bench/pretraining.py",
     "bench/session.py",
     "bench/harness.py",
 )

@@ -1,13 +1,15 @@
 """Whole models on the device: inference and training, images a second, share of the matrix rate, peak memory.
 
-Every competitor has the same weights. "eager" is our tower with each module called by itself and attention through
+Our competitors have the same weights. "eager" is our tower with each module called by itself and attention through
 the library, which is what a careful programmer writes; torch.compile gets the same. Before it is timed, a competitor's
-features are compared with those of float32, and may be twice as far from them as eager's.
+features are compared with those of float32, and may be twice as far from them as eager's. Hugging Face's and timm's
+Swin have random weights of their own and are timed as they are.
 
 Letters: B images.
 """
 
 import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import row_of, shown
 from bench.machine import ROOT, clocks_under_load
-from bench.session import Session
+from bench.session import Missing, Session
 from florence_fast import ops
-from florence_fast.models import create_model
+from florence_fast.models import create_model, get_model_config
 from florence_fast.verify.compare import Judgement, relative_error
 from florence_fast.verify.timing import time_calls
 
@@ -64,7 +66,7 @@ TRAINING = (
     *(Shape("swin_tiny", 224, 128), Shape("swin_large", 224, 64), Shape("coswin_base", 224, 128)),
     *(Shape("swin_base", 224, batch) for batch in (32, 256, 512)),
 )
-REHEARSAL = (Shape("coswin_tiny", 64, 1),)
+REHEARSAL = (Shape("swin_tiny", 224, 1),)
 
 
 def inference(session: Session) -> dict[str, Any]:
@@ -107,10 +109,8 @@ def first_call(session: Session) -> dict[str, Any]:
 def _measure(op: str, session: Session) -> dict[str, Any]:
     rehearse = session.plan.rehearse
     shapes = REHEARSAL if rehearse else INFERENCE if op == "inference" else TRAINING
-    quick, counts = (
-        [name for name in COMPETITORS if name not in SLOW],
-        {"timed": 0, "missing": 0, "error": 0, "wrong": 0},
-    )
+    quick = [*(name for name in COMPETITORS if name not in SLOW), *OTHERS]
+    counts = dict.fromkeys(("timed", "missing", "error", "wrong"), 0)
     for dtype in ("tf32",) if rehearse else DTYPES:
         for competitors in (quick,) if rehearse else (quick, SLOW):
             for shape in shapes:
@@ -135,6 +135,8 @@ def _rows(op: str, shape: Shape, dtype: str, names: tuple[str, ...], session: Se
         session.check_time()
         try:
             outcome = _outcome(op, name, copy.deepcopy(tower), shape, dtype, (exact, limit), session)
+        except Missing as reason:
+            outcome = {"status": "missing", "reason": str(reason)}
         except torch.OutOfMemoryError as error:
             outcome = {"status": "missing", "reason": f"too little memory: {str(error)[:120]}"}
         except Exception as error:
@@ -155,17 +157,71 @@ def _rows(op: str, shape: Shape, dtype: str, names: tuple[str, ...], session: Se
         yield row
 
 
+def _hugging_face(shape: Shape) -> nn.Module:
+    """Build Hugging Face's Swin of this size, pooled."""
+    from transformers import SwinConfig, SwinModel
+
+    width, depths, heads, window = _swin(shape)
+    options = {"embed_dim": width, "depths": list(depths), "num_heads": list(heads), "window_size": window}
+    model = SwinModel(SwinConfig(image_size=shape.resolution, **options))
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.model(images).pooler_output
+
+    return Pooled()
+
+
+def _timm(shape: Shape) -> nn.Module:
+    """Build timm's Swin of this size, without a classifier."""
+    import timm
+
+    width, depths, heads, window = _swin(shape)
+    options = {"embed_dim": width, "depths": depths, "num_heads": heads, "window_size": window, "num_classes": 0}
+    return timm.models.swin_transformer.SwinTransformer(img_size=shape.resolution, **options)
+
+
+def _swin(shape: Shape) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
+    config = get_model_config(shape.model)
+    if config.kind != "swin":
+        raise Missing(f"has no {shape.model}")
+    return config.embed_dim, config.depths, config.num_heads, config.window_size
+
+
+OTHERS: dict[str, tuple[str, Callable[[Shape], nn.Module]]] = {
+    "Hugging Face": ("transformers", _hugging_face),
+    "timm": ("timm", _timm),
+}
+"""Package and model of those who have weights of their own."""
+
+
+def _other(name: str, shape: Shape) -> nn.Module:
+    package, build = OTHERS[name]
+    if importlib.util.find_spec(package) is None:
+        raise Missing(f"{package} is not installed")
+    return build(shape)
+
+
 def _outcome(
     op: str, name: str, tower: nn.Module, shape: Shape, dtype: str, gate: tuple[Tensor, float], session: Session
 ) -> dict[str, Any]:
     """Build a competitor, hold it to the gate and time it."""
-    run, half = COMPETITORS[name](tower), DTYPES[dtype]
+    half, errors = DTYPES[dtype], []
+    if name in OTHERS:
+        tower = run = _other(name, shape).to(session.device)
+    else:
+        run = COMPETITORS[name](tower)
     exact, limit = gate
     with precision(dtype):
-        with torch.no_grad(), autocast(session.device, half):
-            error = relative_error(run(_images(shape, session.device, 2)).float(), exact)
-        errors = [Judgement("features", error, limit / 2, limit).to_dict()]
-        if not errors[0]["passed"]:
+        if name not in OTHERS:
+            with torch.no_grad(), autocast(session.device, half):
+                error = relative_error(run(_images(shape, session.device, 2)).float(), exact)
+            errors = [Judgement("features", error, limit / 2, limit).to_dict()]
+        if errors and not errors[0]["passed"]:
             reason = f"features are {error:.1e} from float32's, at most {limit:.1e}"
             return {"status": "wrong", "reason": reason, "errors": errors}
         images = _images(shape, session.device, shape.batch)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench import models, tune_search
+from bench import models, pretraining, tune_search
 from bench.harness import run_op
 from bench.machine import PACKAGES, ROOT, copy_bandwidth, matrix_rate, smi, version
 from bench.session import OpBench, OutOfTime, Session, dtypes_of
@@ -241,6 +241,7 @@ def stages() -> list[Stage]:
         Stage("tune", "the launch configuration of each kernel, found by measurement", tune_search.run, once=False),
         Stage("inference", "Swin and CoSwin: images a second, MFU, peak memory", models.inference, once=False),
         Stage("training", "the same, forward and backward", models.training, once=False),
+        Stage("pretraining", "a step at the paper's batch by the gradient cache", pretraining.run, once=False),
         Stage("first_call", "first features in a fresh process, Triton's cache empty, then full", models.first_call),
         Stage("other_dtypes", "every op in float16 and float32 too", other_dtypes, once=False),
         Stage("demo", "pretraining of florence_nano on CUDA", demo),

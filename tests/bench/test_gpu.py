@@ -70,6 +70,7 @@ def test_the_rehearsal_passes_and_runs_every_stage(rehearsed):
         "tune": "done",
         "inference": "done",
         "training": "done",
+        "pretraining": "done",
         "first_call": "done",
         "other_dtypes": "done",
         "demo": "skipped",
@@ -85,7 +86,7 @@ def test_every_row_has_every_key_and_every_competitor_a_row(rehearsed):
     assert wanted <= set(rows[0])
     of_ops = {op.OP for op in OPS}
     found = [(row["stage"], row["shape"], row["mode"], row["competitor"]) for row in rows if row["stage"] in of_ops]
-    assert {row["stage"] for row in rows} - of_ops == {"inference", "training", "first_call"}
+    assert {row["stage"] for row in rows} - of_ops == {"inference", "training", "pretraining", "first_call"}
     assert sorted(found) == sorted(
         (op.OP, shape, mode, competitor)
         for op in OPS
