@@ -2,7 +2,7 @@
 
 Our competitors have the same weights. "eager" is our tower with each module called by itself and attention through
 the library, which is what a careful programmer writes; torch.compile gets the same. Before it is timed, a competitor's
-features are compared with those of float32, and may be twice as far from them as eager's. Hugging Face's and timm's
+features are compared with those of float64, and may be twice as far from them as eager's. Hugging Face's and timm's
 Swin have random weights of their own and are timed as they are.
 
 Letters: B images.
@@ -130,7 +130,7 @@ def _rows(op: str, shape: Shape, dtype: str, names: tuple[str, ...], session: Se
     session.check_time()
     tower = create_model(shape.model).to(session.device).eval()
     flops = _flops(shape) * (1 if op == "inference" else 3)
-    exact, limit = _gate(tower, shape, DTYPES[dtype])
+    exact, limit = _gate(tower, shape, dtype)
     for name in pending:
         session.check_time()
         try:
@@ -222,7 +222,7 @@ def _outcome(
                 error = relative_error(run(_images(shape, session.device, 2)).float(), exact)
             errors = [Judgement("features", error, limit / 2, limit).to_dict()]
         if errors and not errors[0]["passed"]:
-            reason = f"features are {error:.1e} from float32's, at most {limit:.1e}"
+            reason = f"features are {error:.1e} from float64's, at most {limit:.1e}"
             return {"status": "wrong", "reason": reason, "errors": errors}
         images = _images(shape, session.device, shape.batch)
         step = _inference(run, tower, images, half) if op == "inference" else _training(run, tower, images, half)
@@ -285,15 +285,15 @@ def _images(shape: Shape, device: torch.device, batch: int) -> Tensor:
     return torch.randn(batch, 3, shape.resolution, shape.resolution, generator=draw, device=device)
 
 
-def _gate(tower: nn.Module, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Return the features of two images in float32, and how far those of a competitor may be from them."""
+def _gate(tower: nn.Module, shape: Shape, dtype: str) -> tuple[Tensor, float]:
+    """Return the features of two images in float64, and how far those of a competitor may be from them."""
     device = next(tower.parameters()).device
     images, plain = _images(shape, device, 2), module_by_module(copy.deepcopy(tower))
     with torch.no_grad(), ops.backend("torch"):
-        exact = plain(images)
-        with autocast(device, dtype):
+        exact = copy.deepcopy(plain).double()(images.double())
+        with precision(dtype), autocast(device, DTYPES[dtype]):
             error = relative_error(plain(images).float(), exact)
-    return exact.double(), max(2 * error, 1e-3)
+    return exact, max(2 * error, 1e-3)
 
 
 def _flops(shape: Shape) -> int:

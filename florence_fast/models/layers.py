@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from florence_fast import ops
 
@@ -49,17 +50,23 @@ def _drop_path_factors(branch: Tensor, drop_rate: float, training: bool) -> Tens
     return torch.empty(branch.shape[0], dtype=branch.dtype, device=branch.device).bernoulli_(keep).div_(keep)
 
 
-def is_plain(*modules: nn.Module) -> bool:
+_LEAVES = (nn.Linear, nn.LayerNorm, nn.Conv2d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(*modules: nn.Module, kinds: tuple[type[nn.Module], ...] = _LEAVES) -> bool:
     """Return whether these are PyTorch's own modules as they are, so that an op may compute from their weights.
 
-    Adapters, quantisers and wrappers put another class in their place or hang hooks on them, and must be called.
+    Adapters, quantisers and wrappers put another class in the place of the module, of its forward or of its weights, or
+    hang hooks on it; such a module must be called. Hooks on all modules of the process are not looked for.
     """
     return all(
-        type(module) in _PLAIN and not module._forward_hooks and not module._forward_pre_hooks for module in modules
+        type(module) in kinds
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and "forward" not in vars(module)
+        and not any(is_traceable_wrapper_subclass(p) for p in module._parameters.values() if p is not None)
+        for module in modules
     )
-
-
-_PLAIN = (nn.Linear, nn.LayerNorm, nn.Conv2d)
 
 
 def drop_path_rates(depths: tuple[int, ...], rate: float) -> list[list[float]]:

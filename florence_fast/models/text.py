@@ -61,18 +61,27 @@ class TextBlock(nn.Module):
         return x + self._mlp(normed)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        fc, proj = self.mlp.c_fc, self.mlp.c_proj
-        activation = _ACTIVATIONS.get(type(self.mlp.gelu))
-        if activation is None or not is_plain(fc, proj):
+        parts = tuple(self.mlp) if is_plain(self.mlp, kinds=(nn.Sequential,)) else ()
+        activation = _ACTIVATIONS.get(tuple(map(type, parts)))
+        if activation is None or not is_plain(*parts, kinds=(nn.Linear, nn.GELU, QuickGELU)):
+            return self.mlp(x)
+        fc, gelu, proj = parts
+        if getattr(gelu, "approximate", "none") != "none":
             return self.mlp(x)
         return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=activation)
 
 
-_ACTIVATIONS = {QuickGELU: "quick_gelu", nn.GELU: "gelu"}
+_ACTIVATIONS = {
+    (nn.Linear, QuickGELU, nn.Linear): "quick_gelu",
+    (nn.Linear, nn.GELU, nn.Linear): "gelu",
+}
 
 
 class TextTower(nn.Module):
-    """Token ids (B, N) -> the normalised state of the end-of-text token (B, W)."""
+    """Token ids (B, N) -> the normalised state of the end-of-text token (B, W).
+
+    Its ops have a first derivative; ``ff.backend("reference")`` gives them a second one.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

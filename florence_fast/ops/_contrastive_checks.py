@@ -46,7 +46,8 @@ def check_scalar(name: str, value: Tensor | float, image_features: Tensor) -> Te
     """Return one floating-point value as a 0-D tensor beside ``image_features``, or raise what is wrong with it."""
     device = image_features.device
     if not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=image_features.dtype, device=device)
+        dtype = torch.promote_types(image_features.dtype, torch.float32)
+        return torch.tensor(float(value), dtype=dtype, device=device)
     if value.numel() != 1 or not value.is_floating_point() or value.device != device:
         raise ValueError(
             f"{name} must be one floating-point value on {device}, "

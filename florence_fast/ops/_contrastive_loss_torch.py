@@ -9,8 +9,9 @@ from torch import Tensor
 from florence_fast.ops._by_label import ByLabel, unsorted
 from florence_fast.ops._logit_chunks_torch import Chunk, Chunks, chunked_gradients
 
-NEAR = 60.0
-"""So far apart may log-sum-exps be that the exponential of each difference is a float32."""
+NEAR = 30.0
+"""So far from their middle may log-sum-exps be that the exponential of what lies between two of them is a float32, and
+stays one when a scaled gradient multiplies it."""
 
 
 def contrastive_loss_fwd(

@@ -90,7 +90,8 @@ def chunked_gradients(
     chunks = Chunks(ordered, scale, chunk_size)
     # <rows, G cols> is d scale, so the scale needs the first product too.
     needs_rows, needs_cols = needs[0] or needs[2], needs[1]
-    drows, dcols = torch.zeros_like(chunks.rows), torch.zeros_like(chunks.cols)
+    drows = torch.zeros_like(chunks.rows) if needs_rows else None
+    dcols = torch.zeros_like(chunks.cols) if needs_cols else None
     for chunk in chunks:
         write_grad(chunks, chunk)
         if needs_rows:

@@ -30,19 +30,21 @@ def chunked_gradients(
     size = chunk_size or logit_tiles.best_chunk(rows.shape[1], target_of(rows.device))
     scratch = rows.new_empty(min(size, len(rows)), min(size, len(cols)))
     # <rows, G cols> is d scale, so the scale needs the first product too.
-    drows, dcols = (torch.zeros_like(x, dtype=torch.float32) for x in (rows, cols))
+    needs_rows, needs_cols = needs[0] or needs[2], needs[1]
+    drows = torch.zeros_like(rows, dtype=torch.float32) if needs_rows else None
+    dcols = torch.zeros_like(cols, dtype=torch.float32) if needs_cols else None
     for first_row in range(0, len(rows), size):
         for first_col in range(0, len(cols), size):
             row_end, col_end = min(first_row + size, len(rows)), min(first_col + size, len(cols))
             grad = scratch[: row_end - first_row, : col_end - first_col]
             write_grad((first_row, row_end), (first_col, col_end), grad)
-            if needs[0] or needs[2]:
+            if needs_rows:
                 _add_product_(drows[first_row:row_end], grad, cols[first_col:col_end])
-            if needs[1]:
+            if needs_cols:
                 _add_product_(dcols[first_col:col_end], grad.T, rows[first_row:row_end])
     return (
         unsorted(drows * scale.float(), ordered.row_order).to(rows.dtype) if needs[0] else None,
-        unsorted(dcols * scale.float(), ordered.col_order).to(cols.dtype) if needs[1] else None,
+        unsorted(dcols * scale.float(), ordered.col_order).to(cols.dtype) if needs_cols else None,
         (rows.float() * drows).sum().to(scale.dtype) if needs[2] else None,
     )
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from florence_fast.errors import unknown
 from florence_fast.ops import _backend, _mlp_torch
 
+Sizes = tuple[int, ...]
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
@@ -211,6 +213,16 @@ def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     )
 
 
+def _flops(x: Sizes, weight1: Sizes, bias1: Any, weight2: Sizes, *args: Any, **kwargs: Any) -> int:
+    """Count the FLOPs of the two products, as torch.utils.flop_counter counts those of ``nn.Linear``."""
+    return 2 * math.prod(x[:-1]) * (math.prod(weight1) + math.prod(weight2))
+
+
+def _flops_backward(grad_out: Sizes, *args: Any, **kwargs: Any) -> int:
+    """Each product of the forward has two in the backward; what needs no gradient counts all the same."""
+    return 2 * _flops(*args, **kwargs)
+
+
 def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     shapes = ((2, 5, 16), (64, 16), (64,), (16, 64), (16,))
     return tuple(torch.randn(shape, device=device) for shape in shapes), {}
@@ -226,4 +238,6 @@ def _implementation(backend: str) -> ModuleType:
 
 
 _mlp = _backend.define("mlp", 5, _forward, _forward_fake, _backward, _backward_fake)
+register_flop_formula(torch.ops.florence_fast.mlp)(_flops)
+register_flop_formula(torch.ops.florence_fast.mlp_backward)(_flops_backward)
 _backend.register_entry(_backend.OpEntry("mlp", mlp, mlp_reference, unsupported_reasons, _example))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from florence_fast.ops import _backend, _patch_merging_torch
 
@@ -173,6 +174,17 @@ def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
     )
 
 
+def _flops(x: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """Count the FLOPs of the product of 4C by 2C channels, as torch.utils.flop_counter counts that of ``nn.Linear``."""
+    batch, height, width, channels = x
+    return 2 * batch * ((height + 1) // 2) * ((width + 1) // 2) * 8 * channels**2
+
+
+def _flops_backward(grad_out: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """Two products; what needs no gradient counts all the same."""
+    return 2 * _flops(*args, **kwargs)
+
+
 def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     x = torch.randn(2, 7, 7, 32, device=device)
     norm_weight, norm_bias = torch.randn(2, 128, device=device)
@@ -180,6 +192,8 @@ def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
 
 
 _patch_merging = _backend.define("patch_merging", 4, _forward, _forward_fake, _backward, _backward_fake)
+register_flop_formula(torch.ops.florence_fast.patch_merging)(_flops)
+register_flop_formula(torch.ops.florence_fast.patch_merging_backward)(_flops_backward)
 _backend.register_entry(
     _backend.OpEntry("patch_merging", patch_merging, patch_merging_reference, unsupported_reasons, _example)
 )

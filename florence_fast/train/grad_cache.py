@@ -8,13 +8,14 @@ Letters: B rows of an input
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from florence_fast.ranges import annotated
@@ -38,9 +39,10 @@ class GradCache:
     The model is only ever called as ``model(image=..., text=...)``, with the names of ``towers`` and some of them None.
     It returns the features of each tower in that order, then any scalars that the loss takes, such as the scale. So
     wrappers such as DistributedDataParallel and FSDP2 see every pass; their gradients are synchronised once, in the
-    last micro-batch. The second pass replays the random generators of the CPU and of the inputs' devices, so drop path
-    and dropout draw the masks of the first. Forward passes run under the autocast that surrounds the call, backward
-    passes outside it. Activation checkpointing inside the model needs nothing from here.
+    last micro-batch. FSDP2 takes no parameter without axes: whoever names a model's scale in its ``ignored_params``
+    averages its gradient over the ranks. The second pass replays the random generators of the CPU and of the inputs'
+    devices, so drop path and dropout draw the masks of the first. Forward passes run under the autocast that surrounds
+    the call, backward passes outside it. Activation checkpointing inside the model needs nothing from here.
 
     What computes across a micro-batch (batch normalisation) sees micro-batches, and updates its statistics twice.
 
@@ -165,9 +167,8 @@ class GradCache:
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Return a context in which the wrapper's processes exchange gradients only if this is the last part."""
-        if self._is_fsdp:
-            self.model.set_requires_gradient_sync(last)
-            return nullcontext()
+        if self._is_fsdp and not last:
+            return _without_gradient_sync(self.model)
         return nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync()
 
 
@@ -207,8 +208,23 @@ def _cut(x: Tensor, count: int) -> list[Tensor]:
     return [x[start:end] for start, end in itertools.pairwise(bounds)]
 
 
+@contextmanager
+def _without_gradient_sync(model: FSDPModule) -> Iterator[None]:
+    """Leave the gradients of what runs inside on their ranks; the setting would otherwise last."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
 def _greatest_of_ranks(count: int, model: nn.Module) -> int:
     """Return the greatest ``count`` of the ranks over which FSDP2 has spread ``model``."""
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        # An evaluation leaves the weights of the outermost module gathered, and then none tells its mesh.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
     greatest = torch.tensor(count, device=mesh.device_type)
     for group in mesh.get_all_groups():

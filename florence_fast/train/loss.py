@@ -48,11 +48,18 @@ class _JoinedLoss(nn.Module):
         self.gather = gather
         self.process_group = process_group
 
-    def _count(self, texts: Tensor) -> list[int]:
+    def _count(self, texts: Tensor, *others: Tensor) -> tuple[list[int], Tensor]:
+        """Return how many pairs every rank holds, and ``texts``, with a graph if any tensor of any rank has one.
+
+        The backward pass exchanges the gradients of texts, and waits for every rank: one whose texts need none, because
+        it holds no pair or has frozen what made them, takes part all the same.
+        """
         counts = gather_counts(texts, self.process_group)
         if sum(counts) == 0:
             raise ValueError("image_features must hold at least one pair on some rank, got none on any")
-        return counts
+        wanted = torch.tensor(float(torch.is_grad_enabled() and any(x.requires_grad for x in (texts, *others))))
+        wanted = sum_over_ranks(wanted.to(texts.device), self.process_group)
+        return counts, texts if texts.requires_grad or not wanted else texts.detach().requires_grad_()
 
     def _labels(self, texts: Tensor, labels: Tensor | None, counts: list[int]) -> tuple[Tensor, Tensor]:
         """Return the labels of this rank's pairs and those of all."""
@@ -131,7 +138,7 @@ class ContrastiveLoss(_JoinedLoss):
         group = self.process_group
         scale = check_features(images, texts, scale, self.chunk_size, may_be_empty=True)
         check_labels(images, texts, labels, None)
-        counts = self._count(texts)
+        counts, texts = self._count(texts, images, scale)
         labels, all_labels = self._labels(texts, labels, counts)
         weight = positive_weight(labels, all_labels, torch.promote_types(images.dtype, torch.float32))
         if self.gather == "ring":
@@ -202,7 +209,7 @@ class SigmoidLoss(_JoinedLoss):
         scale = check_features(images, texts, scale, self.chunk_size, may_be_empty=True)
         bias = check_scalar("logit_bias", bias, images)
         check_labels(images, texts, labels, None)
-        counts = self._count(texts)
+        counts, texts = self._count(texts, images, scale, bias)
         labels, all_labels = self._labels(texts, labels, counts)
         if self.gather == "ring":
             options = {"chunk_size": self.chunk_size, "backend": _ring_backend("sigmoid_loss", images)}

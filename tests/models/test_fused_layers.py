@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from florence_fast.models.coswin import CoSwin
 from florence_fast.models.swin import Swin
@@ -102,3 +104,58 @@ def test_a_hook_on_a_norm_is_called():
     tower.layers[0].blocks[0].norm2.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     tower(torch.randn(1, 3, 64, 64))
     assert len(seen) == 1
+
+
+def test_whatever_hangs_on_a_module_is_called():
+    seen = []
+    for register in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        tower = CoSwin(COSWIN)
+        getattr(tower.layers[0].blocks[0].mlp.fc1, register)(lambda *args: seen.append(1))
+        tower(torch.randn(1, 3, 64, 64)).sum().backward()
+    tower = CoSwin(COSWIN)
+    linear = tower.layers[0].blocks[0].mlp.fc2
+    linear.forward = lambda x: seen.append(1) or nn.Linear.forward(linear, x)  # as offloading does it
+    tower(torch.randn(1, 3, 64, 64))
+    assert len(seen) == 3
+
+
+class Twice(nn.Module):
+    """Something around a part of a model."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.inner(x)
+
+
+def test_the_text_towers_mlp_may_be_wrapped_hooked_and_extended():
+    tokens = torch.randint(1, TEXT.vocab_size, (3, 9))
+    plain = TextTower(TEXT)
+    before, seen = plain(tokens), []
+
+    def changed(change: Callable[[nn.Sequential], nn.Module | None]) -> Tensor:
+        tower = copy.deepcopy(plain)
+        mlp = change(tower.resblocks[0].mlp)
+        if mlp is not None:
+            tower.resblocks[0].mlp = mlp
+        return tower(tokens)
+
+    hooked = changed(lambda mlp: mlp.register_forward_hook(lambda *args: seen.append(1)) and None)
+    torch.testing.assert_close(hooked, before)
+    changed(lambda mlp: mlp.gelu.register_forward_hook(lambda *args: seen.append(1)) and None)
+    assert len(seen) == 2
+    assert not torch.allclose(changed(Twice), before)
+    assert not torch.allclose(changed(lambda mlp: mlp.add_module("more", Twice(nn.Identity()))), before)
+    assert not torch.equal(changed(lambda mlp: setattr(mlp, "gelu", nn.GELU("tanh"))), before)
+
+
+def test_flops_of_fused_products_are_counted():
+    for tower, x in ((Swin(SWIN), torch.randn(1, 3, 64, 64)), (TextTower(TEXT), torch.ones(2, 9, dtype=torch.long))):
+        counts = []
+        for each in (tower, module_by_module(tower)):
+            with FlopCounterMode(display=False) as counter:
+                each(x).sum().backward()
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0

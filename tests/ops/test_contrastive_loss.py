@@ -202,6 +202,24 @@ def test_large_scales_neither_overflow_nor_lose_the_far_rows():
         torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("gap", [20, 50, 59, 70, 110])
+def test_log_sum_exps_far_apart_have_right_gradients(gap):
+    u = torch.zeros(6, 8)
+    u[:, 0] = 1
+    v = F.normalize(torch.randn(6, 8), dim=-1) * 0.1
+    v[2, 0], u[3, 0] = -1.0, -1.0
+    scale = torch.tensor(float(gap))
+    exact = with_gradients(contrastive_loss_reference, u.double(), v.double(), scale.double(), None)
+    for x, y in zip(with_gradients(contrastive_loss, u, v, scale, None, chunk_size=4), exact, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_scale_that_is_a_number_is_not_rounded_to_the_features():
+    u, v, _, _ = inputs((8, 16, None, None), torch.bfloat16)
+    wanted = contrastive_loss(u, v, torch.tensor(100.3))
+    assert contrastive_loss(u, v, 100.3) == wanted
+
+
 def test_no_tensor_is_larger_than_the_features_or_a_tile():
     batch, dim, chunk = 128, 2, 16
     u, v, scale, labels = inputs((batch, dim, 40, None), torch.float32)

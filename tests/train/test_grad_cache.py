@@ -272,13 +272,15 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step_with_fsdp(group: dist.ProcessGroup, counts: tuple[int, int], drop_path: float) -> tuple:
+def step_with_fsdp(group: dist.ProcessGroup, counts: tuple[int, int], drop_path: float, parts: int) -> tuple:
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     images, texts, labels = (x.split(counts)[rank] for x in batch(sum(counts), 4))
     model = TwoTowers(drop_path)
     # FSDP2 takes no parameter without axes: whoever trains reduces the gradient of the scale.
-    for module in (model.visual, model.text, model):
+    for module in (model.visual, model.text, model) if parts == 2 else (model,):
         fully_shard(module, mesh=DeviceMesh.from_group(group, "cpu"), ignored_params={model.logit_scale})
+    with torch.no_grad():  # an evaluation, which leaves the outermost weights gathered
+        model(images, texts)
     cache = GradCache(model, ContrastiveLoss(process_group=group), MICRO_BATCH_SIZE)
     with Calls() as calls:
         torch.manual_seed(SEED)
@@ -292,13 +294,13 @@ def step_with_fsdp(group: dist.ProcessGroup, counts: tuple[int, int], drop_path:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "counts, sizes, drop_path",
-    [((7, 4), (2, 1), 0.5), ((7, 2), (2, 1), 0.0)],
-    ids=["four-parts-on-each", "fewer-rows-than-parts"],
+    "counts, sizes, drop_path, parts",
+    [((7, 4), (2, 1), 0.5, 2), ((7, 2), (2, 1), 0.0, 2), ((7, 4), (2, 1), 0.5, 1)],
+    ids=["four-parts-on-each", "fewer-rows-than-parts", "the-whole-model-at-once"],
 )
-def test_with_fsdp_gradients_are_exact_and_reduced_once_a_step(processes, counts, sizes, drop_path):
+def test_with_fsdp_gradients_are_exact_and_reduced_once_a_step(processes, counts, sizes, drop_path, parts):
     """Both ranks run four parts, though the second has rows for two or for fewer parts alone."""
-    results = processes.run(step_with_fsdp, 2, counts, drop_path)
+    results = processes.run(step_with_fsdp, 2, counts, drop_path, parts)
     model = TwoTowers(drop_path)
     images, texts, labels = batch(sum(counts), 4)
     ranks = zip(images.split(counts), texts.split(counts), sizes, strict=True)
@@ -308,7 +310,7 @@ def test_with_fsdp_gradients_are_exact_and_reduced_once_a_step(processes, counts
     for loss, grads, reductions in results:
         torch.testing.assert_close(loss, wanted.detach(), rtol=1e-12, atol=0)
         assert_gradients_equal(grads, gradients(model))
-        assert reductions == 2, "two groups of parameters, one step"
+        assert reductions == parts, "so many groups of parameters, one step"
 
 
 class Checkpointed(TwoTowers):

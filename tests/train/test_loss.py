@@ -118,6 +118,34 @@ def test_the_sigmoid_loss_of_every_rank_is_that_of_the_joined_batch(processes, w
         assert_gradients_equal(got_grads, grads)
 
 
+def frozen_step(group: dist.ProcessGroup, gather: str, sigmoid: bool) -> list[Tensor | None]:
+    """Rank 0 has frozen what makes its texts, rank 1 has no pair and plain tensors: the gradients of what wants one."""
+    me, counts = dist.get_rank(group), (3, 0, 5)
+    images, texts, _ = (x.split(counts)[me] for x in batch(sum(counts), 4))
+    model = TwoTowers()
+    images = model.visual(images) if counts[me] else torch.zeros(0, 8).double()
+    texts = model.text(texts).detach().requires_grad_(me == 2) if counts[me] else torch.zeros(0, 8).double()
+    bias = (0.5,) if sigmoid else ()
+    loss = (SigmoidLoss if sigmoid else ContrastiveLoss)(gather=gather, process_group=group)
+    loss(images, texts, 4.0, *bias).backward()
+    return [model.visual[0].weight.grad, texts.grad if me == 2 else None]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("gather", GATHERS)
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+def test_a_rank_without_gradients_of_its_own_helps_the_others_to_theirs(processes, gather, sigmoid):
+    results = processes.run(frozen_step, 3, gather, sigmoid)
+    model, counts = TwoTowers(), (3, 0, 5)
+    images, texts, _ = batch(sum(counts), 4)
+    u, v = model.visual(images), model.text(texts).detach().requires_grad_()
+    loss = sigmoid_loss_reference(u, v, 4.0, 0.5) if sigmoid else contrastive_loss_reference(u, v, 4.0)
+    loss.backward()
+    total = sum(grad for grad, _ in results if grad is not None) / 3
+    torch.testing.assert_close(total, model.visual[0].weight.grad, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(results[2][1] / 3, v.grad[3:], rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.dist
 def test_round_the_ring_every_rank_sees_the_block_of_each(processes):
     blocks = {0: [0.0, 0.0], 1: [], 2: [2.0]}
