@@ -47,7 +47,7 @@ class Run:
     facts: dict[str, Any]
     store: Store
     clock: Clock
-    seconds: float = 8.0
+    seconds: float = 5.0
     """How long each competitor is timed."""
     tiny: bool = False
     """Small sizes, which prove that everything runs and measure nothing."""

@@ -175,7 +175,7 @@ BROKEN = [
     ("a kernel not launched", LONG_BACKWARD, lose_last, "not launched: .*grad"),
     ("few tensor clocks", CONTRASTIVE, too_busy("alu"), "the tensor cores need 8,192 .* 50% of what binds .alu"),
     ("memory over tensor", CONTRASTIVE, lambda row, _: row.update(memory_floor=9e5), "1% of what binds"),
-    ("exp2 over its floor", LONG, set_pipe("mufu", 9604 * 1.81), "mufu needs 17,383 .* 181% of what exp2 .* most 180%"),
+    ("exp2 over its floor", LONG, set_pipe("mufu", 9604 * 1.83), "mufu needs 17,575 .* 183% of what exp2 .* most 181%"),
     ("memory over exp2", LONG_BACKWARD, set_pipe("lsu", 34440 * 3.07), "lsu needs 105,731 .* 307% of what exp2 or mem"),
     ("a long window's instructions", LONG, set_row(instructions=15007), "15007 instructions .* at most 15006"),
     ("a byte loaded in a long window", LONG, with_opcode("LDG.E.U8"), "the inner loop loads by LDG.E.U8"),
@@ -226,9 +226,9 @@ def test_the_tail_of_16_rows_may_lie_across_the_warps_and_64_rows_may_not(report
 @pytest.mark.aot
 def test_an_allowance_goes_no_further_than_it_says(report):
     assert set(broken_rules(report, strict=True)) >= set(report["allowed"])
-    for arch, limit in ((80, 3.06), (90, 1.74)):
-        row = row_of(report, LONG_BACKWARD, arch)
-        assert row["allowed"] == {"of_exp2": limit}
+    for arch, allowed in ((80, {"of_exp2": 3.06}), (90, {"of_exp2": 1.33, "stack": 128})):
+        row, limit = row_of(report, LONG_BACKWARD, arch), allowed["of_exp2"]
+        assert row["allowed"] == allowed
         row["pipes"]["lsu"] = max(row["memory_floor"], row["exp2_floor"]) * limit * 1.001
         [line] = broken_rules(report)
         assert line.startswith(f"{LONG_BACKWARD}, sm_{arch}, ")

@@ -15,6 +15,7 @@ from bench.ops import window_attention
 from bench.session import Missing, OutOfTime, Plan, Session, modes_of
 from bench.store import Store
 from florence_fast.verify import timing
+from florence_fast.verify.timing import MIN_SAMPLE_SECONDS
 from florence_fast.verify.window_attention import SUBJECT, Shape, eager
 
 OPS = stages.ops()
@@ -352,7 +353,8 @@ def test_on_a_gpu_inputs_rotate_and_rows_get_memory_and_clocks(pretended_gpu, mo
     for mode, row in rows.items():
         moved = row["bytes_moved"]
         assert made.count(mode) == -(-2 * (1 << 14) // moved) > 1, "copies that are twice the cache"
-        assert row["status"] == "timed" and row["repeats"] >= 2 and row["samples"] >= 10
+        assert row["status"] == "timed" and row["samples"] >= 10
+        assert row["repeats"] >= 2 or row["median"] > MIN_SAMPLE_SECONDS / 2, "short calls are repeated in a sample"
         assert row["peak_bytes"] == 4000
         assert (row["sm_clock_mhz"], row["temperature"], row["power_watts"]) == (1500, 50, None)
         assert row["measured_clocks"] == pytest.approx(
