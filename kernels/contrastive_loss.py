@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from florence_fast.kernels.logit_tiles import block_sizes, blocks_meet, config_for, logit_tile, positives
+from florence_fast.kernels.logit_tiles import blocks_meet, config_for, logit_tile, positives, tile_constants
 from florence_fast.kernels.targets import target_of
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -174,7 +174,8 @@ def contrastive_loss_fwd(
     if num_rows == 0 or num_cols == 0:
         row, col = (rows.new_full((length,), -math.inf, dtype=torch.float32) for length in (num_rows, num_cols))
         return row, row, col, col, torch.zeros_like(row)
-    block_r, block_n, block_d = block_sizes(rows.dtype, target.arch, depth)
+    constants = tile_constants(rows.dtype, target.arch, num_rows, num_cols, depth, tf32)
+    block_r, block_n, *_ = constants
     config = config_for("contrastive_loss_fwd", target, rows.dtype, depth)
     row_blocks, at_once = triton.cdiv(num_rows, block_r), target.num_sms * config.programs_per_sm
     runs = max(1, min(triton.cdiv(num_cols, block_n), at_once // row_blocks))
@@ -200,12 +201,7 @@ def contrastive_loss_fwd(
             num_cols,
             depth,
             runs,
-            block_r,
-            block_n,
-            block_d,
-            depth % block_d == 0,
-            num_rows % block_r == 0 and num_cols % block_n == 0,
-            "tf32" if tf32 else "ieee",
+            *constants,
             **config.options,
         )
         col_parts.append(_join(col_top, col_sum))
@@ -233,9 +229,10 @@ def contrastive_loss_grad(
 ) -> None:
     """Write G of a chunk of rows and columns into ``grad``; ``statistics`` are lse_range_ptr to col_label_ptr."""
     depth, target = rows.shape[1], target_of(rows.device)
-    block_r, block_n, block_d = block_sizes(rows.dtype, target.arch, depth)
     config = config_for("contrastive_loss_grad", target, rows.dtype, depth)
     num_rows, num_cols = row_span[1] - row_span[0], col_span[1] - col_span[0]
+    constants = tile_constants(rows.dtype, target.arch, num_rows, num_cols, depth, tf32)
+    block_r, block_n, *_ = constants
     col_blocks = triton.cdiv(num_cols, block_n)
     for far_apart in (False, True):
         _contrastive_loss_grad_kernel[(triton.cdiv(num_rows, block_r) * col_blocks,)](
@@ -252,11 +249,6 @@ def contrastive_loss_grad(
             grad.stride(0),
             col_blocks,
             far_apart,
-            block_r,
-            block_n,
-            block_d,
-            depth % block_d == 0,
-            num_rows % block_r == 0 and num_cols % block_n == 0,
-            "tf32" if tf32 else "ieee",
+            *constants,
             **config.options,
         )

@@ -82,6 +82,15 @@ def block_sizes(dtype: torch.dtype, arch: int, depth: int) -> tuple[int, int, in
     return block_r, block_n, max(16, min(block_d, triton.next_power_of_2(depth)))
 
 
+def tile_constants(
+    dtype: torch.dtype, arch: int, num_rows: int, num_cols: int, depth: int, tf32: bool
+) -> tuple[int, int, int, bool, bool, str]:
+    """Return what ends the arguments of every kernel here: BLOCK_R, BLOCK_N, BLOCK_D, EVEN_D, WHOLE and PRECISION."""
+    block_r, block_n, block_d = block_sizes(dtype, arch, depth)
+    whole = num_rows % block_r == 0 and num_cols % block_n == 0
+    return block_r, block_n, block_d, depth % block_d == 0, whole, "tf32" if tf32 else "ieee"
+
+
 def config_for(kernel: str, target: Target, dtype: torch.dtype, depth: int) -> Config:
     """Return the launch configuration of a kernel that computes tiles."""
     default = Config(4, 2, 2) if dtype == torch.float32 else Config(8, 3, 1)

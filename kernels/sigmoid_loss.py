@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from florence_fast.kernels.logit_tiles import block_sizes, blocks_meet, config_for, logit_tile, positives
+from florence_fast.kernels.logit_tiles import blocks_meet, config_for, logit_tile, positives, tile_constants
 from florence_fast.kernels.targets import target_of
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -157,7 +157,8 @@ def sigmoid_loss_fwd(
     (num_rows, depth), num_cols, target = rows.shape, len(cols), target_of(rows.device)
     if num_rows == 0 or num_cols == 0:
         return rows.new_zeros(num_rows, dtype=torch.float32)
-    block_r, block_n, block_d = block_sizes(rows.dtype, target.arch, depth)
+    constants = tile_constants(rows.dtype, target.arch, num_rows, num_cols, depth, tf32)
+    block_r, block_n, *_ = constants
     config = config_for("sigmoid_loss_fwd", target, rows.dtype, depth)
     row_blocks, at_once = triton.cdiv(num_rows, block_r), target.num_sms * config.programs_per_sm
     runs = max(1, min(triton.cdiv(num_cols, block_n), at_once // row_blocks))
@@ -174,12 +175,7 @@ def sigmoid_loss_fwd(
         num_cols,
         depth,
         runs,
-        block_r,
-        block_n,
-        block_d,
-        depth % block_d == 0,
-        num_rows % block_r == 0 and num_cols % block_n == 0,
-        "tf32" if tf32 else "ieee",
+        *constants,
         **config.options,
     )
     return loss.sum(0)
@@ -200,9 +196,10 @@ def sigmoid_loss_grad(
 ) -> Tensor:
     """Write G of a chunk of rows and columns into ``grad``; return its sum, () float32."""
     depth, target = rows.shape[1], target_of(rows.device)
-    block_r, block_n, block_d = block_sizes(rows.dtype, target.arch, depth)
     config = config_for("sigmoid_loss_grad", target, rows.dtype, depth)
     num_rows, num_cols = row_span[1] - row_span[0], col_span[1] - col_span[0]
+    constants = tile_constants(rows.dtype, target.arch, num_rows, num_cols, depth, tf32)
+    block_r, block_n, *_ = constants
     col_blocks = triton.cdiv(num_cols, block_n)
     grad_sum = rows.new_empty(col_blocks, num_rows, dtype=torch.float32)
     _sigmoid_loss_grad_kernel[(triton.cdiv(num_rows, block_r) * col_blocks,)](
@@ -222,12 +219,7 @@ def sigmoid_loss_grad(
         depth,
         grad.stride(0),
         col_blocks,
-        block_r,
-        block_n,
-        block_d,
-        depth % block_d == 0,
-        num_rows % block_r == 0 and num_cols % block_n == 0,
-        "tf32" if tf32 else "ieee",
+        *constants,
         **config.options,
     )
     return grad_sum.sum()
