@@ -3,9 +3,13 @@
 #   make demo        pretrain florence_nano on the shipped pictures, test it on an artist it has never seen
 #   make demo-long   the same for up to an hour; either, interrupted, continues where it stopped
 #   make test        the quick tests          make test-all   the slow ones too
+#   make native      the C++ kernels, built again where csrc/ has changed
+#   make sanitize    the tests of the C++ kernels under AddressSanitizer and UBSan
+#   make amx         the same tests, on any processor with AVX-512 and bf16, of the code for AMX's tiles
 #   make budget      every kernel compiled for A100 and H100/H200, without either, and held to its limits
 #   make gpu         everything that waits for a GPU; installs nothing: PYTHON must have PyTorch and Triton
 #   make bench       what a processor can show: losses, towers, gradient cache, start; the report drawn
+#   make bench-cpu   what the native CPU backend gains on this processor, beside its goals; about 13 minutes
 #   make report      pictures and tables of what was measured, from bench/results
 #   make lint        ruff, rules and format   make clean      forget the environment and every cache
 # PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX adds a package index to look for PyTorch in: its
@@ -17,27 +21,43 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-long test test-all lint budget bench gpu report clean
+.PHONY: demo demo-long test test-all lint native sanitize amx budget bench bench-cpu gpu report clean
 
-demo: .venv/ready
+demo: native
 	$(BIN)/florence-fast demo --resume --out runs/demo
 
-demo-long: .venv/ready
+demo-long: native
 	$(BIN)/florence-fast demo --long --resume --out runs/demo-long
 
-test: .venv/ready
+test: native
 	$(BIN)/python -m pytest --quiet -m "not slow and not gpu"
 
-test-all: .venv/ready
+test-all: native
 	$(BIN)/python -m pytest --quiet -m "not gpu"
+
+native: .venv/ready
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+# The sanitizers' runtime has to be in the process before Python is, which itself leaks on purpose.
+sanitize: VARIANT = FLORENCE_FAST_SANITIZE=1
+sanitize: PRELOAD = $(foreach library,asan ubsan stdc++,$(shell c++ -print-file-name=lib$(library).so))
+amx: VARIANT = FLORENCE_FAST_EMULATE_AMX=1
+sanitize amx: .venv/ready
+	rm -f florence_fast/_C*.so
+	$(VARIANT) $(BIN)/python setup.py --quiet build_ext --inplace --build-temp build/$@
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/python -m pytest --quiet -m "native and not slow"; status=$$?; rm -f florence_fast/_C*.so; exit $$status
 
 budget: .venv/ready
 	$(BIN)/python -m bench.budget --full --check --require-both --json bench/results/budget.json --picture docs
 	$(BIN)/python -m bench.readme
 	$(BIN)/python -m bench.queue
 
-bench: .venv/ready
+bench: native
 	$(BIN)/python -m bench.cpu
+
+bench-cpu: native
+	$(BIN)/python -m bench.cpu_native
 
 gpu:
 	$(PYTHON) -m bench.gpu
@@ -57,7 +77,7 @@ clean:
 .venv/ready: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[test,dev,tensorboard]'
+	$(INSTALL) setuptools pybind11 ninja
+	FLORENCE_FAST_NO_NATIVE=1 $(INSTALL) --no-build-isolation --editable '.[test,dev,tensorboard]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton-3.6.0 triton==3.6.0
 	@touch $@

@@ -1,15 +1,138 @@
-"""Place the repository's ``kernels/`` folder at ``florence_fast.kernels``; everything else is in pyproject.toml.
+"""Build what pyproject.toml cannot say: where ``kernels/`` is installed, and the native extension from ``csrc/``.
 
-A top-level distribution named ``kernels`` would shadow Hugging Face's package of that name, so the folder
-is mapped below ours and never installed as itself.
+A top-level distribution named ``kernels`` would shadow Hugging Face's package of that name, so that folder is mapped
+below ours and never installed as itself. The extension is optional: without a compiler the package installs without
+it and says so. FLORENCE_FAST_NO_NATIVE=1 skips it; FLORENCE_FAST_SANITIZE=1 builds it for AddressSanitizer and UBSan,
+FLORENCE_FAST_EMULATE_AMX=1 with a stand-in for AMX's tiles, so that their code can be tested where there are none.
 """
 
-from setuptools import find_packages, setup
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent.resolve()
 KERNELS = ["florence_fast.kernels", *(f"florence_fast.kernels.{name}" for name in find_packages("kernels"))]
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+LEVELS = {"scalar": []}
+if X86:
+    LEVELS |= {
+        "avx2": ["-march=x86-64-v3"],
+        "avx512": AVX512,
+        "avx512_bf16": [*AVX512, "-mavx512bf16"],
+        "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    }
+"""The instruction sets that ``csrc/level/`` is compiled for, and the flags of each."""
+
+EXACT = {"nms": ["-ffp-contract=off"]}
+"""Files of ``csrc/level/`` that promise the bits of the definition, where no product may melt into a sum."""
+
+FLAGS = [
+    *(
+        "-std=c++20",
+        "-O3",
+        "-fPIC",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+    ),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+]
+SANITIZE = ["-g", "-O1", "-DFF_DEBUG", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+class NinjaBuild(build_ext):
+    """Compile the extension with ninja, which takes every core and only what has changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(target, folder))
+        try:
+            subprocess.run([*ninja(), "-C", str(folder), *([] if self.verbose else ["--quiet"])], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"{error}; the package works without it, on its other backends") from error
+
+
+def ninja() -> list[str]:
+    """Return the command of ninja: the package's if there is one, else what the system has."""
+    try:
+        import ninja
+    except ImportError:
+        return ["ninja"]
+    return [str(Path(ninja.BIN_DIR) / "ninja")]
+
+
+def ninja_file(target: Path, folder: Path) -> str:
+    """Write out the build: the files of a level once a level, the others once, then the link."""
+    import pybind11
+
+    sanitize = SANITIZE if os.environ.get("FLORENCE_FAST_SANITIZE") == "1" else []
+    compiler = os.environ.get("CXX", "c++")
+    includes = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
+    emulate = os.environ.get("FLORENCE_FAST_EMULATE_AMX") == "1"
+    defines = [*(["-DFF_X86"] if X86 else []), *(["-DFF_EMULATE_AMX"] if emulate else [])]
+    flags = shlex.join([*FLAGS, *defines, *includes, *sanitize])
+    lines = [
+        "rule compile",
+        f"  command = {compiler} {flags} $level_flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared {shlex.join(FLAGS + sanitize)} $in -o $out",
+    ]
+    objects = []
+
+    def compile_(source: Path, name: str, level_flags: list[str]) -> None:
+        objects.append(str(folder / f"{name}.o"))
+        lines.append(f"build {objects[-1]}: compile {source}")
+        lines.append(f"  level_flags = {shlex.join(level_flags)}")
+
+    csrc = ROOT / "csrc"
+    for source in sorted([*csrc.glob("*.cpp"), *csrc.glob("host/*.cpp")]):
+        compile_(source, source.stem, [])
+    for source in sorted(csrc.glob("level/*.cpp")):
+        for level, level_flags in LEVELS.items():
+            if emulate and level == "amx":
+                level_flags = [flag for flag in level_flags if "amx" not in flag]
+            compile_(
+                source,
+                f"{source.stem}.{level}",
+                [f"-DFF_LEVEL={level}", f"-DFF_LEVEL_IS_{level.upper()}", *level_flags, *EXACT.get(source.stem, [])],
+            )
+    lines.append(f"build {target}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def extensions() -> list[Extension]:
+    """Return the extension, unless it is not wanted or the system is one whose compilers do not know our vectors."""
+    if os.environ.get("FLORENCE_FAST_NO_NATIVE") == "1" or sys.platform == "win32":
+        return []
+    sources = sorted(
+        str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h")
+    )
+    return [Extension("florence_fast._C", sources=[], depends=sources, optional=True)]
+
 
 setup(
     packages=[*find_packages(include=["florence_fast", "florence_fast.*"]), *KERNELS],
     package_dir={"florence_fast": "florence_fast", "florence_fast.kernels": "kernels"},
     package_data={"florence_fast.kernels": ["configs/*.json"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": NinjaBuild},
 )

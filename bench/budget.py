@@ -162,7 +162,7 @@ def measured_rows(folder: Path = RESULTS) -> list[Row]:
 def measured(row: Row, results: list[Row]) -> float | None:
     """Return the measured clocks of one unit for the call that ``row`` is about, if there are any."""
     for result in results if row["sizes"] is not None else ():
-        same = all(result[name] == row[name] for name in ("op", "arch", "dtype"))
+        same = result["op"] == row["measured_as"] and all(result[name] == row[name] for name in ("arch", "dtype"))
         same &= result["mode"] == row["direction"] and result["sizes"].items() >= row["sizes"].items()
         if same:
             return result["measured_clocks"]

@@ -49,7 +49,10 @@ def _row(case: Case, entry: Row, triton: str) -> Row:
         **{field.name: getattr(case, field.name) for field in fields(case) if field.name not in ("limits", "archs")},
         **{
             name: getattr(case, name)
-            for name in ("op", "unit", "sizes", "bytes", "accesses", "flops", "exp2", "loops", "edge_share")
+            for name in (
+                *("op", "unit", "measured_as", "sizes", "bytes", "accesses"),
+                *("flops", "exp2", "loops", "edge_share"),
+            )
         },
         "limits": asdict(case.limits),
         "allowed": ALLOWED.get(case.name, {}) | ALLOWED.get(f"{case.name}, sm_{arch}", {}),

@@ -25,13 +25,14 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 SLOW_TO_BUILD = ("torch.compile", "flex_attention", "sdpa + mask, torch.compile", "torch.compile max-autotune")
 
 
-def window_field(op: str, rivals: dict[str, Rival]) -> dict[str, Build]:
-    """Return the competitors of an op on windows; ``rivals`` has "eager" and "sdpa"."""
+def window_field(op: str, rivals: dict[str, Rival], others: dict[str, Build] | None = None) -> dict[str, Build]:
+    """Return the competitors of an op on windows; ``rivals`` has "eager" and "sdpa", ``others`` what fits it alone."""
     more = {
         "sdpa + mask": library(rivals["sdpa"]),
         "xformers": xformers,
         "flex_attention": flex,
         "sdpa + mask, torch.compile": compiled(rivals["sdpa"], rehearsed=False),
+        **(others or {}),
     }
     return field(op, rivals["eager"], more)
 

@@ -83,6 +83,8 @@ def open_session(options: argparse.Namespace, device: Any) -> "Session":
     from bench.session import Plan, Session
     from bench.store import Store
 
+    # Rows are of the tables that the repository holds, not of what this user's cache does.
+    os.environ.pop("FLORENCE_FAST_AUTOTUNE", None)
     found = facts(device)
     folder = options.out or (Path(tempfile.mkdtemp(prefix="rehearsal-")) if options.rehearse else RESULTS)
     logs = LOGS if folder == RESULTS else folder

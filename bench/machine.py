@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from florence_fast.provenance import checkout_commit
-from florence_fast.verify.timing import time_calls
+from florence_fast.timing import time_calls
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
@@ -34,6 +34,8 @@ WHAT_DECIDES_A_ROW = (
     "bench/session.py",
     "bench/harness.py",
 )
+KINDS = ("py", "json", "cpp", "h")
+"""What counts as a source in a folder."""
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -82,15 +84,16 @@ def version(package: str) -> str | None:
 
 
 @functools.cache
-def sources() -> str:
+def sources(parts: tuple[str, ...] = WHAT_DECIDES_A_ROW) -> str:
     """Return a digest of the files, and of the versions, that decide a row: a row of other sources is out of date.
 
     Not the commit: storing the results is a commit as well.
     """
     digest = hashlib.sha256(f"{torch.__version__} {version('triton')}".encode())
-    for part in WHAT_DECIDES_A_ROW:
+    for part in parts:
         path = ROOT / part
-        for file in [path] if path.is_file() else sorted([*path.rglob("*.py"), *path.rglob("*.json")]):
+        inside = [file for kind in KINDS for file in path.rglob(f"*.{kind}")]
+        for file in [path] if path.is_file() else sorted(inside):
             digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 

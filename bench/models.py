@@ -30,8 +30,8 @@ from bench.machine import ROOT, clocks_under_load
 from bench.session import Missing, Session
 from florence_fast import ops
 from florence_fast.models import create_model, get_model_config
+from florence_fast.timing import time_calls
 from florence_fast.verify.compare import Judgement, relative_error
-from florence_fast.verify.timing import time_calls
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}
 MODES = {"inference": "forward", "training": "both"}

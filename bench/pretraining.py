@@ -15,8 +15,8 @@ import torch
 from bench.harness import row_of, shown
 from bench.session import Session
 from florence_fast.models import create_model
+from florence_fast.timing import time_calls
 from florence_fast.train import ContrastiveLoss, GradCache
-from florence_fast.verify.timing import time_calls
 
 PAPER_BATCH = 24_576
 """Of section 2.2."""

@@ -4,16 +4,12 @@ The record is a JSON file that is whole after every kernel, and that a later sta
 read, ``kernels/configs/sm_<arch>.json``, is its winners and nothing else.
 """
 
-import functools
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.machine import ROOT, version
 from florence_fast.files import write_json
+from florence_fast.provenance import kernel_sources as sources
 
 Row = dict[str, Any]
 Table = dict[str, dict[str, Row]]
@@ -84,12 +80,3 @@ def write_table(path: Path, table: Table) -> bool:
         return False
     write_json(path, table)
     return True
-
-
-@functools.cache
-def sources() -> str:
-    """Return a digest of what decides which configuration wins: the kernels, and the versions that compile them."""
-    digest = hashlib.sha256(f"{torch.__version__} {version('triton')}".encode())
-    for file in sorted((ROOT / "kernels").rglob("*.py")):
-        digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:12]

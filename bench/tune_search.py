@@ -21,12 +21,13 @@ from bench.harness import Group
 from bench.machine import Clock
 from bench.session import Built, DeviceLost, Missing, OutOfTime, Session, dtypes_of
 from bench.tune_record import Record, Row, write_table
-from bench.tune_static import SHARED_BYTES, Exclusions, candidates
+from bench.tune_static import SHARED_BYTES, Exclusions
 from florence_fast.kernels import configs
 from florence_fast.kernels.configs import Config, Request, forced, watched
+from florence_fast.kernels.configs.search import MIN_GAIN, candidates, lead
 from florence_fast.kernels.targets import target_of
+from florence_fast.timing import Timing, time_calls
 from florence_fast.verify.compare import Judgement, relative_error, results
-from florence_fast.verify.timing import Timing, time_calls
 
 OPS = (
     *("window_attention", "contrastive_loss", "layer_norm", "patch_merging", "window_attention_3d", "mlp"),
@@ -37,10 +38,6 @@ OPS = (
 REHEARSED = ("layer_norm",)
 SECONDS = 0.1
 """How long a candidate is timed, warm-up not counted."""
-ROUNDS = 3
-"""How often the best candidate and the default are timed in turns."""
-MIN_GAIN = 0.01
-"""What every time of the winner must be below every time of the default, as a part of that."""
 WAIT = 60.0
 """How many seconds the verdicts of the static budget are waited for, for one kernel."""
 MOST_REHEARSED = 1
@@ -202,7 +199,11 @@ class Tuner:
         best = min(timed, key=lambda trial: trial["median"], default=None)
         if best is None or best["median"] >= usual.median:
             return {"status": "kept", **found}
-        gain = self.duel(bucket, request, Config(**best["config"]), mode, seconds)
+        gain = lead(
+            lambda config: bucket.time(request.kernel, config, mode, seconds).median,
+            Config(**best["config"]),
+            request.default,
+        )
         if gain < MIN_GAIN:
             return {"status": "kept", "gain": gain, **found}
         return {"status": "tuned", "config": best["config"], "seconds": best["median"], "gain": gain, **found}
@@ -213,17 +214,6 @@ class Tuner:
         if wrong:
             return {"status": "wrong", "reason": "too far from the default: " + ", ".join(wrong)}
         return {"status": "timed", "median": bucket.time(kernel, config, mode, seconds).median}
-
-    def duel(self, bucket: "Bucket", request: Request, config: Config, mode: str, seconds: float) -> float:
-        """Time a candidate and the default in turns, and return how far apart the worst and the best of them are.
-
-        Clocks and temperature drift while candidates are timed, so a lead over a time from before says little.
-        """
-        ours, usual = [], []
-        for _ in range(ROUNDS):
-            usual.append(bucket.time(request.kernel, request.default, mode, seconds).median)
-            ours.append(bucket.time(request.kernel, config, mode, seconds).median)
-        return 1 - max(ours) / min(usual)
 
     def put(self, title: str, mode: str, request: Request, found: Row) -> None:
         """Record one kernel, with its provenance, and bring the table up to date."""

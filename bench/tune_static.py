@@ -21,7 +21,6 @@ import time
 from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,35 +30,10 @@ from bench.budget_cases import ALLOWED, CASES, Case
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 """What a program may have, by the compute capability's table in NVIDIA's CUDA C++ Programming Guide."""
-REGISTERS = 65536
-"""Of a multiprocessor, from the same table."""
-MAX_REGISTERS = 255
-"""Of a thread, from the same table."""
 
 ROOT = Path(__file__).parents[1]
 
 Verdict = dict[str, Any]
-
-
-def candidates(default: Any) -> list[Any]:
-    """Return the configurations around a kernel's default that are worth a measurement, the default left out.
-
-    Half and twice its warps with a stage less and a stage more; and half and twice as many programs on a
-    multiprocessor, or one more. A limit on registers is tried where it lets that many programs be there at once.
-    """
-    from florence_fast.kernels.configs import Config
-
-    warps = {max(1, default.num_warps // 2), default.num_warps, min(16, 2 * default.num_warps)}
-    stages = {max(1, default.num_stages - 1), default.num_stages, min(4, default.num_stages + 1)}
-    share = default.programs_per_sm
-    found = [Config(w, s, share) for w, s in product(sorted(warps), sorted(stages))]
-    for programs in sorted({max(1, share // 2), share, share + 1, 2 * share}):
-        config = Config(default.num_warps, default.num_stages, programs)
-        registers = REGISTERS // (32 * config.num_warps * programs) // 8 * 8
-        found.append(config)
-        if 32 <= registers < MAX_REGISTERS:
-            found.append(Config(config.num_warps, config.num_stages, programs, registers))
-    return [config for config in dict.fromkeys(found) if config != default]
 
 
 def plan(arch: int, kernels: set[str] | None = None) -> list[tuple[str, str, str]]:
@@ -85,6 +59,7 @@ def plan(arch: int, kernels: set[str] | None = None) -> list[tuple[str, str, str
 def verdicts(kernel: str, key: str, name: str, arch: int, most: int | None = None) -> Verdict:
     """Compile one kernel of a case with its default and with ``most`` candidates, and say what is wrong with which."""
     from florence_fast.kernels.configs import watched
+    from florence_fast.kernels.configs.search import candidates
 
     case = next(case for case in CASES if case.name == name)
     with recording(arch, set()), watched() as requests:

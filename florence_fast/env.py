@@ -16,9 +16,20 @@ class Variable(NamedTuple):
 
 
 VARIABLES = (
+    Variable(
+        "FLORENCE_FAST_AUTOTUNE", "0", "1 finds the fastest launch of each kernel at its first call, and keeps it"
+    ),
     Variable("FLORENCE_FAST_BACKEND", "auto", "backend of every op: auto, triton, cpp, torch or reference"),
+    Variable(
+        "FLORENCE_FAST_CACHE_DIR", "~/.cache/florence_fast", "where FLORENCE_FAST_AUTOTUNE keeps what it has found"
+    ),
+    Variable(
+        "FLORENCE_FAST_CPU", "auto", "instructions of the native kernels: auto, scalar, avx2, avx512, avx512_bf16, amx"
+    ),
     Variable("FLORENCE_FAST_NVTX", "0", "1 makes NVTX ranges, for Nsight, around ops, stages, phases and data"),
 )
+
+_DEFAULTS = {variable.name: variable.default for variable in VARIABLES}
 
 # Variables of others that explain a surprising speed or device; shown by `florence-fast info`, never read here.
 OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
@@ -30,5 +41,5 @@ def read(name: str) -> str:
     Raises:
         KeyError: ``name`` is not in the table.
     """
-    default = {variable.name: variable.default for variable in VARIABLES}[name]
+    default = _DEFAULTS[name]
     return os.environ.get(name) or default

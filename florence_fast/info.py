@@ -44,17 +44,20 @@ def versions() -> Rows:
 
 
 def devices() -> Rows:
-    """The processor with torch's threads and vector instructions, and every CUDA device."""
+    """The processor with torch's threads and vector instructions, our native kernels, and every CUDA device."""
     import torch
+
+    from florence_fast import native
 
     vectors = torch.backends.cpu.get_cpu_capability()
     cpu = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads and {vectors}"
-    rows = [{"device": "cpu", "what": cpu}]
+    kernels = f"{native.level()}; {', '.join(native.levels())} run here" if native.levels() else native.reasons()[0]
+    rows = [{"device": "cpu", "what": cpu}, {"device": "cpu, native kernels", "what": kernels}]
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         what = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}"
         rows.append({"device": f"cuda:{index}", "what": what})
-    if len(rows) == 1:
+    if not torch.cuda.is_available():
         rows.append({"device": "cuda", "what": "none found"})
     return rows
 

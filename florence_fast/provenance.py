@@ -1,5 +1,9 @@
 """What made a number: the command, the commit, the versions, the machine, the day. Every recorded result carries it."""
 
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
 import platform
 import shlex
 import subprocess
@@ -28,6 +32,22 @@ def provenance() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+@functools.cache
+def kernel_sources() -> str:
+    """Return a digest of what decides how fast a kernel is: its source, and the versions that compile it."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    digest = hashlib.sha256(f"{torch.__version__} {triton}".encode())
+    spec = importlib.util.find_spec("florence_fast.kernels")
+    assert spec is not None and spec.origin is not None, "the package lacks its kernels"
+    folder = Path(spec.origin).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def checkout_commit() -> str | None:

@@ -44,10 +44,14 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(checkout, tmp_path_factory) -> Path:
-    """A wheel, built with no network: no build isolation, no dependencies, no index."""
-    out = tmp_path_factory.mktemp("wheel")
+    """A wheel of Python alone, built with no network."""
+    return build_wheel(checkout, tmp_path_factory.mktemp("wheel"), FLORENCE_FAST_NO_NATIVE="1")
+
+
+def build_wheel(checkout: Path, out: Path, **variables: str) -> Path:
+    """Build a wheel: no build isolation, no dependencies, no index."""
     pip = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"]
-    run(*pip, "--wheel-dir", out, checkout, cwd=out)
+    run(*pip, "--wheel-dir", out, checkout, cwd=out, **variables)
     (built,) = out.glob("*.whl")
     return built
 
@@ -100,9 +104,26 @@ def test_a_bare_checkout_finds_the_kernels_beside_it(checkout, empty_environment
 def test_an_editable_installation_finds_the_checkout(checkout, empty_environment, tmp_path):
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
-    run(*pip, "--target", site, "--editable", checkout, cwd=tmp_path)
+    run(*pip, "--target", site, "--editable", checkout, cwd=tmp_path, FLORENCE_FAST_NO_NATIVE="1")
     code = f"import site; site.addsitedir({str(site)!r}); {FIND_KERNELS}"
     assert run(empty_environment, "-c", code, cwd=tmp_path) == str(checkout / "kernels/__init__.py")
+
+
+def test_without_a_compiler_it_installs_without_the_extension(checkout, tmp_path):
+    built = build_wheel(checkout, tmp_path, CXX="no-such-compiler")
+    names = zipfile.ZipFile(built).namelist()
+    assert "florence_fast/native.py" in names
+    assert not [name for name in names if name.startswith("florence_fast/_C")]
+
+
+@pytest.mark.slow
+@pytest.mark.native
+def test_a_wheel_from_a_source_archive_holds_the_extension(checkout, empty_environment, tmp_path):
+    code = "from setuptools.build_meta import build_sdist; print(build_sdist('.'))"
+    archive = run(sys.executable, "-c", code, cwd=checkout).splitlines()[-1]
+    built = build_wheel(checkout / archive, tmp_path)
+    assert [name for name in zipfile.ZipFile(built).namelist() if name.startswith("florence_fast/_C")]
+    assert "linux" in built.name, "a wheel with an extension is of one platform"
 
 
 def test_constraints_fix_every_direct_dependency():

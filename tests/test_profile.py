@@ -50,7 +50,8 @@ def test_a_forward_pass_is_divided_into_ranges_and_ops(tmp_path, capsys):
     assert all(0 <= row["self_ms"] <= row["total_ms"] for row in rows.values())
     ops = named(found["ops"])
     # The rest is Python between the ops, most of the time of so small a model on a busy machine.
-    assert 0.05 < sum(row["share"] for row in ops.values()) < 1.1 and "aten::addmm" in ops
+    assert 0.05 < sum(row["share"] for row in ops.values()) < 1.1
+    (product,) = {"aten::addmm", "mkldnn::_linear_pointwise"} & set(ops)
     assert not [name for name in ops if name.startswith("ff.")] and found["kernels"] == []
     assert found["workload"]["model"] == "florence_nano" and found["steps"] == 2 and found["time"] == "cpu"
     assert all(0 < value < 1e5 for value in found["step_ms"].values())
@@ -62,7 +63,7 @@ def test_a_forward_pass_is_divided_into_ranges_and_ops(tmp_path, capsys):
     with Image.open(tmp_path / "ranges.png") as picture:
         assert picture.width > 400 and picture.convert("L").getextrema()[0] < 128
     shown = capsys.readouterr().out
-    assert "ff.op.window_attention" in shown and "aten::addmm" in shown and "images/s" in shown
+    assert "ff.op.window_attention" in shown and product in shown and "images/s" in shown
 
 
 def test_a_training_step_has_the_backward_and_the_phases_of_the_cache(tmp_path):

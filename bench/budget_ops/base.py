@@ -113,8 +113,16 @@ class Case(ABC):
         return 0
 
     @property
+    def measured_as(self) -> str:
+        """The file of bench/ops that measures such calls, where there is one."""
+        return self.op
+
+    @property
     def sizes(self) -> dict[str, Any] | None:
-        """Sizes in bench/ops of a call that is this case's, so far as they matter; None if nothing measures it."""
+        """Sizes in that file of a call that is this case's, so far as they matter; None if nothing measures it.
+
+        As JSON has them: a window in 3-D is a list.
+        """
         return None
 
     @abstractmethod

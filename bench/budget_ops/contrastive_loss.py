@@ -59,7 +59,7 @@ class ContrastiveCase(Case):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return {"dim": self.depth, "batch": 16384, "names": None}
+        return {"dim": self.depth, "batch": 65536, "names": None}
 
     def weight(self, kernel: dict[str, Any]) -> Weight | None:
         constants = kernel["constexprs"]
@@ -107,6 +107,10 @@ class SigmoidCase(ContrastiveCase):
     @property
     def exp2(self) -> int:
         return _TILE**2
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"dim": self.depth, "batch": 16384, "names": None}
 
     def launch(self, empty: Callable[..., Any]) -> None:
         import torch

@@ -44,6 +44,13 @@ class MergeCase(Case):
     def flops(self) -> int:
         return 2 * 4 * self.channels * 2 * self.channels if self.direction == "forward" else 0
 
+    # What is measured of a backward has the library's products in it.
+    @property
+    def sizes(self) -> dict[str, Any] | None:
+        if self.direction == "backward":
+            return None
+        return {"channels": self.channels, "side": self.size, "batch": self.batch}
+
     def weight(self, kernel: dict[str, Any]) -> Weight:
         constants = {name: int(value) for name, value in kernel["constexprs"].items() if value.isdecimal()}
         if self.direction == "backward":

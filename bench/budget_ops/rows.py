@@ -59,8 +59,12 @@ class LayerNormCase(RowCase):
         return " ".join([super().name, *[self.form] * (self.form != "plain")])
 
     @property
+    def measured_as(self) -> str:
+        return "layer_norm_residual" if self.form == "residual" else self.op
+
+    @property
     def sizes(self) -> dict[str, Any] | None:
-        return {"channels": self.channels} if self.form == "plain" else None
+        return None if self.form == "drop-path" else {"channels": self.channels}
 
     # Forward: x in, the norm out; with a residual two in, two out. Backward: what was normalised and the gradient of
     # the norm in, one gradient out; with a residual the gradient of the sum in; with drop path two gradients out.
@@ -92,6 +96,10 @@ class NormalizeCase(RowCase):
     """Rows divided by their length."""
 
     op: ClassVar[str] = "l2_normalize"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return {"channels": self.channels}
 
     # Forward: x in, the result out. Backward: x and the gradient in, a gradient out.
     @property

@@ -92,14 +92,13 @@ class WindowCase(Case):
     def exp2(self) -> int:
         return self.tokens**2 * (2 if self.tall and self.direction == "backward" else 1)
 
+    # Heads only share the bias, which the clocks leave out.
     @property
     def sizes(self) -> dict[str, Any] | None:
         if self.safe_dots:
             return None
         shift = self.window // 2 if self.shifted else 0
-        return {
-            "window": self.window, "head_dim": self.head_dim, "height": self.size, "heads": self.heads, "shift": shift
-        }  # fmt: skip
+        return {"window": self.window, "head_dim": self.head_dim, "height": self.size, "shift": shift}
 
     def weight(self, kernel: dict[str, Any]) -> Weight:
         blocks = int(kernel["constexprs"].get("BLOCKS", 1))

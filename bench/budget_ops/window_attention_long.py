@@ -77,6 +77,24 @@ class LongWindowCase(Case):
     def exp2(self) -> int:
         return self.tokens**2 * (1 if self.direction == "forward" else 3)
 
+    @property
+    def shift(self) -> list[int]:
+        """Half a window, where an axis has more than one."""
+        return [w // 2 if self.shifted and s > w else 0 for s, w in zip(self.size, self.window, strict=True)]
+
+    @property
+    def measured_as(self) -> str:
+        return "window_attention_3d" if len(self.window) > 2 else "window_attention" + "_cosine" * self.cosine
+
+    # A window and its shift are one number in 2-D. Heads only share the bias, which the clocks leave out.
+    @property
+    def sizes(self) -> dict[str, Any]:
+        names = ("frames", "height", "width")[-len(self.size) :]
+        window, shift = list(self.window), self.shift
+        if len(window) == 2:
+            window, shift = window[0], shift[0]
+        return {**dict(zip(names, self.size, strict=True)), "window": window, "shift": shift, "head_dim": self.head_dim}
+
     def weight(self, kernel: dict[str, Any]) -> Weight:
         constants = kernel["constexprs"]
         blocks, chunks, tail = (int(constants[name]) for name in ("BLOCKS", "CHUNKS", "TAIL"))
@@ -104,9 +122,8 @@ class LongWindowCase(Case):
         place, channels = (self.batch, *self.size), self.heads * self.head_dim
         qkv, out = empty(*place, 3 * channels), empty(*place, channels)
         table = numbers(math.prod(2 * w - 1 for w in self.window), self.heads)
-        shift = [w // 2 if self.shifted and s > w else 0 for s, w in zip(self.size, self.window, strict=True)]
-        cyclic, logit_scale = [False] * len(shift), numbers(self.heads) if self.cosine else None
-        values = (self.window, self.heads, shift, self.head_dim**-0.5, "mask", cyclic)
+        cyclic, logit_scale = [False] * len(self.size), numbers(self.heads) if self.cosine else None
+        values = (self.window, self.heads, self.shift, self.head_dim**-0.5, "mask", cyclic)
         if self.direction == "forward":
             kernels.window_attention_fwd(qkv, table, None, None, *values, True, logit_scale=logit_scale)
             return

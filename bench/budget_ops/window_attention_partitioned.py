@@ -62,8 +62,8 @@ class PartitionedCase(Case):
         return self.tokens**2 * (1 if self.direction == "forward" or self.one_tile else 3)
 
     @property
-    def sizes(self) -> None:
-        return None
+    def sizes(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "head_dim": self.head_dim, "heads": self.heads, "masks": self.masks}
 
     def weight(self, kernel: dict[str, Any]) -> Weight:
         blocks, width, columns = (int(kernel["constexprs"][name]) for name in ("BLOCKS", "WIDTH", "COLUMNS"))

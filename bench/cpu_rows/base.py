@@ -13,7 +13,7 @@ import torch
 
 from bench.machine import ROOT, Clock
 from bench.store import Row, Store
-from florence_fast.verify.timing import time_calls
+from florence_fast.timing import time_calls
 
 CPU = torch.device("cpu")
 EMPTY = ("reason", "errors", "median", "q20", "q80", "samples", "repeats", "peak_bytes", "bytes_moved", "flops")

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from bench.competitors_swin import monai, window_process
 from bench.competitors_windows import SLOW_TO_BUILD, window_field
 from florence_fast.verify.window_attention import SUBJECT, Shape, Shape3d, setup
 
@@ -76,4 +77,4 @@ def budget_cases(shape: Shape | Shape3d, dtype: str, mode: str) -> list[str]:
     return [f"{sides} d{shape.head_dim} {dtype} {direction}{shifted}" for direction in directions]
 
 
-COMPETITORS = window_field(OP, SUBJECT.rivals)
+COMPETITORS = window_field(OP, SUBJECT.rivals, {"monai (sdpa)": monai, "window_process": window_process})

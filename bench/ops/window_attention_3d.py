@@ -3,6 +3,7 @@
 The formulas are those in two dimensions: tokens, windows and heads are counted alike.
 """
 
+from bench.competitors_swin import monai
 from bench.competitors_windows import SLOW_TO_BUILD, window_field
 from bench.ops.window_attention import budget_cases, bytes_moved, flops, units
 from florence_fast.verify.window_attention import SUBJECT, Shape3d, setup
@@ -37,4 +38,4 @@ SHAPES = {
 }
 REHEARSAL = {"tiny": Shape3d(1, 2, 3, 5, 1, window=(2, 3, 3), shift=(1, 1, 1), head_dim=16)}
 
-COMPETITORS = window_field(ENTRY, SUBJECT.rivals)
+COMPETITORS = window_field(ENTRY, SUBJECT.rivals, {"monai (sdpa)": monai})

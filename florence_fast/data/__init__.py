@@ -2,9 +2,11 @@
 
 from florence_fast.data.artists import artists_names, artists_test, artists_train
 from florence_fast.data.augment import BatchAugment
-from florence_fast.data.labels import text_label
+from florence_fast.data.labels import text_label, text_labels
 from florence_fast.data.loader import BadDataError, Batch, PairLoader
+from florence_fast.data.near_duplicates import NearDuplicateIndex, near_duplicate_groups, near_duplicates
 from florence_fast.data.pairs import Concat, PairSource, PairText, Subset, open_pairs
+from florence_fast.data.perceptual_hash import dhash, phash
 from florence_fast.data.pictures import open_picture
 from florence_fast.data.prompts import (
     IMAGENET_CLASSNAMES,
@@ -24,6 +26,7 @@ __all__ = [
     "Batch",
     "BatchAugment",
     "Concat",
+    "NearDuplicateIndex",
     "PairLoader",
     "PairSource",
     "PairText",
@@ -32,8 +35,13 @@ __all__ = [
     "artists_names",
     "artists_test",
     "artists_train",
+    "dhash",
     "image_transform",
+    "near_duplicate_groups",
+    "near_duplicates",
     "open_pairs",
     "open_picture",
+    "phash",
     "text_label",
+    "text_labels",
 ]

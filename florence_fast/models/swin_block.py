@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from florence_fast import ops
-from florence_fast.models.layers import Mlp, add_branch, add_branch_and_norm, resize_bias_table
+from florence_fast.models.layers import Mlp, add_branch, add_branch_and_norm, linear, resize_bias_table
 
 
 class WindowAttention(nn.Module):
@@ -33,7 +33,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H, W, C)."""
-        qkv = self.qkv(x)  # (B, H, W, 3C)
+        qkv = linear(self.qkv, x)  # (B, H, W, 3C)
         pads_are_tokens = self.pad_mode == "bias"
         shift = self.window_size // 2 if self.shifted else 0
         if pads_are_tokens and min(x.shape[1:3]) <= self.window_size:
@@ -50,7 +50,7 @@ class WindowAttention(nn.Module):
             pad_mode=self.pad_mode,
             qkv_bias=pad_token,
         )
-        return self.proj(out)
+        return linear(self.proj, out)
 
     @torch.no_grad()
     def set_window_size(self, window_size: int) -> None:

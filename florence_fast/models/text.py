@@ -8,13 +8,12 @@ B batch · N tokens · W width · h heads · d head dim
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from florence_fast import ops
 from florence_fast.models.config import TextConfig
-from florence_fast.models.layers import QuickGELU, add_branch_and_norm, init_weights, is_plain, quieten_branches
+from florence_fast.models.layers import QuickGELU, add_branch_and_norm, init_weights, is_plain, linear, quieten_branches
 from florence_fast.ranges import annotate
 
 
@@ -34,11 +33,11 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Map (B, N, W) to (B, N, W), adding ``mask`` (N, N) to the scores."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3W)
+        qkv = ops.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3W)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)  # each (B h, N, d)
         scores = torch.baddbmm(mask, q * q.shape[-1] ** -0.5, k.mT)  # (B h, N, N)
         out = scores.softmax(-1).to(v.dtype) @ v
-        return self.out_proj(out.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2))
+        return linear(self.out_proj, out.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2))
 
 
 class TextBlock(nn.Module):

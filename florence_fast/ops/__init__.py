@@ -7,6 +7,7 @@ from florence_fast.ops.conv_embed import conv_embed, conv_embed_reference
 from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
 from florence_fast.ops.l2_normalize import l2_normalize, l2_normalize_reference
 from florence_fast.ops.layer_norm import layer_norm, layer_norm_reference
+from florence_fast.ops.linear import linear
 from florence_fast.ops.mlp import mlp, mlp_reference
 from florence_fast.ops.nms import batched_nms, batched_nms_reference, nms, nms_reference
 from florence_fast.ops.patch_merging import patch_merging, patch_merging_reference
@@ -37,6 +38,7 @@ __all__ = [
     "l2_normalize_reference",
     "layer_norm",
     "layer_norm_reference",
+    "linear",
     "mlp",
     "mlp_reference",
     "nms",

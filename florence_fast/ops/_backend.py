@@ -18,6 +18,7 @@ from torch import Tensor
 
 from florence_fast import env, ranges
 from florence_fast.errors import unknown
+from florence_fast.ops import _autotune
 
 BACKENDS = ("triton", "cpp", "torch", "reference")
 """In the order in which ``auto`` tries them."""
@@ -250,12 +251,17 @@ def define(
 
 
 def _plain(name: str, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Wrap an implementation so that it runs outside autocast, whatever surrounds the call, and in a named range."""
+    """Wrap an implementation so that it runs outside autocast, whatever surrounds the call, and in a named range.
+
+    Here its kernels are tuned, too, where the user wants that: the op is no longer traced, and has all its arguments.
+    """
     name = f"op.{name}"
 
     @functools.wraps(function)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         with ranges.annotate(name), without_autocast(x.device.type):
+            if _autotune.wanted(x):
+                return _autotune.run(function, x, *args, **kwargs)
             return function(x, *args, **kwargs)
 
     return run

@@ -6,6 +6,7 @@ Letters: B pairs · R images · N texts · D embedding dim
 import torch
 from torch import Tensor
 
+from florence_fast import native
 from florence_fast.ops import _backend
 
 
@@ -107,7 +108,7 @@ def reasons_against(op: str, backend: str, image_features: Tensor) -> list[str]:
             reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
         return reasons
     if backend == "cpp":
-        return [f"no native kernel for {op} in this version"]
+        return native.reasons(image_features)
     return []
 
 

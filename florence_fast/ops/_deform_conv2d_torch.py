@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from florence_fast.ops._product import linear
+
 COLUMN_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """How many bytes of columns exist at a time, if one image does not need more."""
 
@@ -54,7 +56,7 @@ def deform_conv2d_fwd(
     out = input.new_empty(len(input), len(weight), *offset.shape[2:])
     for images in _slices(input, offset, weight, dtype):
         columns = sampler.sample(_channels_last(input[images], dtype), *_taps(offset, mask, images), *geometry)
-        product = matrix @ _by_group(columns, groups).mT
+        product = _product(matrix, _by_group(columns, groups))
         if bias is not None:
             product += bias.view(groups, -1, 1)
         out[images] = product.view_as(out[images])
@@ -89,7 +91,7 @@ def deform_conv2d_bwd(
         x, taps = _channels_last(input[images], dtype), _taps(offset, mask, images)
         grad = grad_out[images].to(dtype).flatten(2).unflatten(1, (groups, -1))
         if needs_input or needs_offset or needs_mask:
-            dcolumns = _to_columns(grad.mT @ matrix, geometry[0])
+            dcolumns = _to_columns(_product(grad.mT, matrix.mT), geometry[0])
         if needs_offset or needs_mask:
             columns, *grads = sampler.sample_gradients(dcolumns, x, *taps, *geometry, needs_weight)
             for whole, part in zip((doffset, dmask), grads, strict=True):
@@ -99,7 +101,7 @@ def deform_conv2d_bwd(
             columns = sampler.sample(x, *taps, *geometry)
         if needs_weight:
             by_group = _by_group(columns, groups).transpose(0, 1).flatten(1, 2)
-            dmatrix += grad.permute(1, 2, 0, 3).flatten(2) @ by_group
+            dmatrix += _product(grad.permute(1, 2, 0, 3).flatten(2), by_group.mT)
         if needs_input:
             dinput[images] = sampler.input_gradient(dcolumns, input.shape[2:], *taps, *geometry).permute(0, 3, 1, 2)
     dbias = grad_out.sum((0, 2, 3), dtype=wide).to(bias.dtype) if needs_bias else None
@@ -133,6 +135,16 @@ def _from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
     """Undo ``_matrix``."""
     taps = weight.shape[2] * weight.shape[3]
     return matrix.view(len(weight), taps, -1).mT.reshape(weight.shape).to(weight.dtype).contiguous()
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x weight^T over any leading dimensions, of which the third from the end counts groups."""
+    if x.device.type != "cpu" or x.shape[-3] != 1:
+        return x @ weight.mT
+    x, weight = x.squeeze(-3), weight.squeeze(-3)
+    if weight.ndim == 2:
+        return linear(x, weight).unsqueeze(-3)
+    return torch.stack([linear(x, one) for one in weight]).unsqueeze(-3)
 
 
 def _by_group(columns: Tensor, groups: int) -> Tensor:

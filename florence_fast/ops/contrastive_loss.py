@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _contrastive_loss_torch
+from florence_fast.ops import _backend, _contrastive_loss_native, _contrastive_loss_torch
 from florence_fast.ops._contrastive_checks import (
     all_logits,
     check_features,
@@ -73,7 +73,8 @@ def contrastive_loss(
         reduction: "mean_directions", "sum_directions", or "image_to_text" for that direction alone; the other one is
             had by exchanging the arguments.
         chunk_size: edge of the tiles whose gradient is in memory at a time, which takes O(B D + chunk_size^2); by
-            default 4096 in the ``torch`` backend, and in that of the kernels what suits the GPU, up to 8192.
+            default 4096 in the ``torch`` backend, 2048 in ``cpp``, and in that of Triton's kernels what suits the GPU,
+            up to 8192.
 
     Returns:
         The loss, a scalar: float32, or float64 for float64 features. Autocast changes nothing.
@@ -279,7 +280,7 @@ def _implementation(backend: str) -> ModuleType:
         from florence_fast.ops import _contrastive_loss_triton
 
         return _contrastive_loss_triton
-    return _contrastive_loss_torch
+    return _contrastive_loss_native if backend == "cpp" else _contrastive_loss_torch
 
 
 _contrastive_loss = _backend.define("contrastive_loss", 6, _forward, _forward_fake, _backward, _backward_fake)

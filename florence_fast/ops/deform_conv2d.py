@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_fast.ops import _backend, _deform_conv2d_torch
+from florence_fast import native
+from florence_fast.ops import _backend, _deform_conv2d_native, _deform_conv2d_torch
 
 
 def deform_conv2d(
@@ -193,7 +194,10 @@ def unsupported_reasons(
             reasons.append("Triton's interpreter cuts bfloat16 where a GPU rounds")
         return reasons
     if backend == "cpp":
-        return ["no native kernel for deform_conv2d in this version"]
+        reasons = native.reasons(input)
+        if input.shape[2] * input.shape[3] >= 2**31:
+            reasons.append(f"pixels are numbered in 32 bits, got a map of {tuple(input.shape[2:])}")
+        return reasons
     return []
 
 
@@ -257,6 +261,10 @@ def _implementation(backend: str, input: Tensor) -> tuple[ModuleType | type, tor
         from florence_fast.kernels import deform_conv2d as kernels
 
         return kernels, input.dtype
+    if backend == "cpp":
+        # Products of bfloat16 are worth it where the processor has them, and float16 is not where this runs.
+        low = input.dtype == torch.bfloat16 and native.multiplies_bfloat16()
+        return _deform_conv2d_native, torch.bfloat16 if low else torch.float32
     return _deform_conv2d_torch.LibrarySampler, torch.promote_types(input.dtype, torch.float32)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_fast.ops import _backend, _l2_normalize_torch
+from florence_fast import native
+from florence_fast.ops import _backend, _l2_normalize_native, _l2_normalize_torch
 from florence_fast.ops.layer_norm import triton_row_reasons
 
 
@@ -71,12 +72,12 @@ def unsupported_reasons(backend: str, x: Tensor, **_: Any) -> list[str]:
     if backend == "triton":
         return triton_row_reasons(x)
     if backend == "cpp":
-        return ["no native kernel for l2_normalize in this version"]
+        return native.reasons(x)
     return []
 
 
-# Kept for the backward is x, and by the torch backend the lengths; the kernels compute them again from the row that
-# they hold, for no bytes at all.
+# Kept for the backward is x and, on a CPU and from the library, the lengths; Triton's kernels compute them again from
+# the row that they hold, for no bytes at all.
 def _forward(x: Tensor, eps: float, out_dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
     out, *lengths = _implementation(backend).l2_normalize_fwd(x, eps, out_dtype)
     return out, *(lengths or [x.new_empty(0, dtype=torch.float32)])
@@ -128,7 +129,7 @@ def _implementation(backend: str) -> ModuleType:
         from florence_fast.kernels import l2_normalize as kernels
 
         return kernels
-    return _l2_normalize_torch
+    return _l2_normalize_native if backend == "cpp" else _l2_normalize_torch
 
 
 _l2_normalize, _l2_normalize_backward = _backend.define_pair(

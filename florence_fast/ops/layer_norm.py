@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_fast.ops import _backend, _layer_norm_torch
+from florence_fast import native
+from florence_fast.ops import _backend, _layer_norm_native, _layer_norm_torch
 
 MAX_TRITON_CHANNELS = 8192
 
@@ -156,7 +157,7 @@ def unsupported_reasons(
     if backend == "triton":
         return triton_row_reasons(x, residual, residual_scale, weight, bias)
     if backend == "cpp":
-        return ["no native kernel for layer_norm in this version"]
+        return native.reasons(x, weight, bias, residual, residual_scale)
     return []
 
 
@@ -175,8 +176,8 @@ def triton_row_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
 
 
 # The op gives the norm and, with a residual, the sum. Kept for the backward is what was normalised - x, or the sum,
-# which the next block holds anyway - so that x and residual themselves need not stay. The library's backward also
-# takes mean and rstd; the kernels compute them again from the row that they hold, for no bytes at all.
+# which the next block holds anyway - so that x and residual themselves need not stay. On a CPU and from the library
+# mean and rstd are kept too; Triton's kernels compute them again from the row that they hold, for no bytes at all.
 def _forward(
     x: Tensor,
     residual: Tensor | None,
@@ -295,7 +296,7 @@ def _implementation(backend: str) -> ModuleType:
         from florence_fast.kernels import layer_norm as kernels
 
         return kernels
-    return _layer_norm_torch
+    return _layer_norm_native if backend == "cpp" else _layer_norm_torch
 
 
 _layer_norm, _layer_norm_backward = _backend.define_pair(

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from florence_fast import native
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _mlp_torch
+from florence_fast.ops import _backend, _mlp_native, _mlp_torch
+from florence_fast.ops._product import linear, matmul, matmul_over_rows
 
 Sizes = tuple[int, ...]
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -132,7 +134,7 @@ def unsupported_reasons(backend: str, x: Tensor, *tensors: Tensor | None, **_: A
     if backend == "triton":
         return _triton_reasons(x)
     if backend == "cpp":
-        return ["no native kernel for mlp in this version"]
+        return native.reasons(x)
     return []
 
 
@@ -158,10 +160,12 @@ def _forward(
     train: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    in_kernel = backend == "triton"
-    hidden = F.linear(x.reshape(-1, x.shape[-1]), weight1, None if in_kernel else bias1)
+    if backend == "cpp" and not train:
+        return _mlp_native.mlp_fwd(x, weight1, bias1, weight2, bias2, activation), x.new_empty(0)
+    in_kernel = backend != "torch"
+    hidden = linear(x.reshape(-1, x.shape[-1]), weight1, None if in_kernel else bias1)
     out = _implementation(backend).bias_activation_fwd(hidden, bias1 if in_kernel else None, activation, not train)
-    out = F.linear(out, weight2, bias2).view(*x.shape[:-1], weight2.shape[0])
+    out = linear(out, weight2, bias2).view(*x.shape[:-1], weight2.shape[0])
     return out, hidden if train else x.new_empty(0)
 
 
@@ -187,20 +191,20 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = needs
-    implementation, inner_bias = _implementation(backend), bias1 if backend == "triton" else None
+    implementation, inner_bias = _implementation(backend), None if backend == "torch" else bias1
     g, rows = grad_out.view(-1, weight2.shape[0]), x.reshape(-1, x.shape[-1])
     d_hidden = d_bias1 = activated = None
     if needs_x or needs_weight1 or needs_bias1:
         d_hidden, activated, d_bias1 = implementation.bias_activation_bwd(
-            g @ weight2, hidden, inner_bias, activation, needs_weight2, needs_bias1
+            matmul(g, weight2), hidden, inner_bias, activation, needs_weight2, needs_bias1
         )
     elif needs_weight2:
         activated = implementation.bias_activation_fwd(hidden, inner_bias, activation, False)
     grads = (
-        (d_hidden @ weight1).view(x.shape) if needs_x else None,
-        d_hidden.T @ rows if needs_weight1 else None,
+        matmul(d_hidden, weight1).view(x.shape) if needs_x else None,
+        matmul_over_rows(d_hidden, rows) if needs_weight1 else None,
         d_bias1.to(bias1.dtype) if needs_bias1 else None,
-        g.T @ activated if needs_weight2 else None,
+        matmul_over_rows(g, activated) if needs_weight2 else None,
         g.sum(0) if needs_bias2 else None,
     )
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
@@ -234,6 +238,8 @@ def _implementation(backend: str) -> ModuleType:
         from florence_fast.kernels import bias_activation as kernels
 
         return kernels
+    if backend == "cpp":
+        return _mlp_native
     return _mlp_torch
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_fast.ops import _backend
+from florence_fast import native
+from florence_fast.ops import _backend, _nms_native
 from florence_fast.ops.boxes import box_iou, check_boxes
 from florence_fast.ranges import annotated
 
@@ -122,7 +123,7 @@ def unsupported_reasons(backend: str, boxes: Tensor, *args: Any, **options: Any)
             reasons.append("the kernels compute in float32, got boxes of torch.float64")
         return reasons
     if backend == "cpp":
-        return ["no native kernel for nms in this version"]
+        return native.reasons(boxes)
     return []
 
 
@@ -146,6 +147,8 @@ def _nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: floa
         from florence_fast.kernels.nms import nms_kept
 
         kept = nms_kept(ordered, end.int(), threshold)
+    elif backend == "cpp":
+        kept = _nms_native.nms_kept(ordered, end, threshold)
     else:
         kept = _kept(ordered, end, threshold)
     return best_first[torch.empty_like(kept).index_copy_(0, by_class, kept)]

@@ -6,6 +6,7 @@ It stands between the stages of Swin (arXiv 2103.14030, section 3.1), and, along
 Letters: B batch · T frames · H W map height and width · C channels · M merged tokens of the whole batch.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from florence_fast.ops import _backend, _patch_merging_torch
+from florence_fast import native
+from florence_fast.ops import _backend, _patch_merging_native, _patch_merging_torch
 
 CHANNELS_STEP = 16
 MAX_TRITON_CHANNELS = 2048
@@ -107,7 +109,7 @@ def unsupported_reasons(
     if backend == "triton":
         return _triton_reasons(x, norm_weight, norm_bias, weight)
     if backend == "cpp":
-        return ["no native kernel for patch_merging in this version"]
+        return native.reasons(x, norm_weight, norm_bias, weight)
     return []
 
 
@@ -137,7 +139,7 @@ def _forward(
 
         out = kernels.patch_merging_fwd(*tensors, eps, _backend.allows_tf32(x))
     else:
-        out = _patch_merging_torch.patch_merging_fwd(*tensors, eps)
+        out = _without_triton(backend).patch_merging_fwd(*tensors, eps)
     return out, x.new_empty(0)
 
 
@@ -163,7 +165,7 @@ def _backward(
 
         grads = kernels.patch_merging_bwd(grad_out, *tensors, needs, eps, _backend.allows_tf32(x))
     else:
-        grads = _patch_merging_torch.patch_merging_bwd(grad_out, *tensors, needs, eps)
+        grads = _without_triton(backend).patch_merging_bwd(grad_out, *tensors, needs, eps)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -183,6 +185,11 @@ def _flops(x: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
 def _flops_backward(grad_out: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     """Two products; what needs no gradient counts all the same."""
     return 2 * _flops(*args, **kwargs)
+
+
+def _without_triton(backend: str) -> ModuleType:
+    """Return the module of a backend whose arguments are the tensors and eps alone."""
+    return _patch_merging_native if backend == "cpp" else _patch_merging_torch
 
 
 def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops import _backend, _sigmoid_loss_torch
+from florence_fast.ops import _backend, _sigmoid_loss_native, _sigmoid_loss_torch
 from florence_fast.ops._contrastive_checks import (
     all_logits,
     check_features,
@@ -174,7 +174,7 @@ def _implementation(backend: str) -> ModuleType:
         from florence_fast.ops import _sigmoid_loss_triton
 
         return _sigmoid_loss_triton
-    return _sigmoid_loss_torch
+    return _sigmoid_loss_native if backend == "cpp" else _sigmoid_loss_torch
 
 
 _sigmoid_loss = _backend.define("sigmoid_loss", 6, _forward, _forward_fake, _backward, _backward_fake)

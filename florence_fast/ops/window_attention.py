@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from florence_fast import native
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _window_attention_torch
+from florence_fast.ops import _backend, _window_attention_native, _window_attention_torch
 from florence_fast.ops._windows import (
     MAX_LOG_SCALE,
     blocked_pairs,
@@ -242,7 +243,7 @@ def unsupported_reasons(
     if backend == "triton":
         return _triton_reasons(qkv, **options)
     if backend == "cpp":
-        return ["no native kernel for window_attention in this version"]
+        return native.reasons(qkv, rel_pos_bias_table, *map(options.get, ("bias", "logit_scale", "qkv_bias")))
     return []
 
 
@@ -300,6 +301,8 @@ def _forward_fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
     window, grid = window_and_grid(qkv.shape[1:-1], tuple(window_size))
     rows = (qkv.shape[0] * math.prod(grid), num_heads, math.prod(window))
+    if backend == "cpp":
+        return out, qkv.new_empty(0)
     if backend == "triton":
         in_3d, by_cosines = len(window_size) == 3 and window_size[0] > 1, args[2] is not None
         keeps = train and (in_3d or by_cosines or keeps_log_sum_exp(window_size))
@@ -350,6 +353,8 @@ def _implementation(backend: str) -> ModuleType:
         from florence_fast.ops import _window_attention_triton
 
         return _window_attention_triton
+    if backend == "cpp":
+        return _window_attention_native
     return _window_attention_torch
 
 

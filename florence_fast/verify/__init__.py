@@ -13,9 +13,10 @@ import torch
 from florence_fast.ops import OPS
 from florence_fast.ops._backend import choose
 from florence_fast.provenance import provenance
+from florence_fast.timing import Timing, time_calls
 from florence_fast.verify.cases import Case, Function, Inputs, Subject, subjects
 from florence_fast.verify.compare import Judgement, joined, judge, results
-from florence_fast.verify.timing import MODES, Timing, call_in_mode, time_calls
+from florence_fast.verify.timing import MODES, call_in_mode
 
 __all__ = ["Judgement", "Subject", "Timing", "subjects", "verify"]
 

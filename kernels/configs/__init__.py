@@ -1,12 +1,14 @@
 """How each kernel is launched: warps, stages and programs, from tables that measurement writes.
 
 A table is a file ``sm_<arch>.json`` beside this one: ``{"<kernel>": {"<dtype>/n<tokens>/d<head dim>": {...}}}``, as
-``python -m bench.tune`` writes it. What no table knows runs with the default that the kernel gives.
+``python -m bench.tune`` writes it. Inside ``measured(...)`` another table of this form comes behind it and wins. What
+no table knows runs with the default that the kernel gives.
 """
 
 import functools
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,26 +42,50 @@ class Request(NamedTuple):
     default: Config
 
 
+Table = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Kernel -> key of dtype and shape -> fields of a ``Config``."""
+
 _forced: list[tuple[str, Config]] = []
 _watches: list[list[Request]] = []
 
 
+class _Thread(threading.local):
+    """What holds for the launches of one thread alone."""
+
+    def __init__(self) -> None:
+        self.forced: list[tuple[str, Config]] = []
+        self.watches: list[list[Request]] = []
+        self.tables: list[Table] = []
+
+
+_thread = _Thread()
+
+
 def config_of(kernel: str, arch: int, dtype: torch.dtype, tokens: int, head_dim: int, default: Config) -> Config:
     """Return the measured configuration of ``kernel`` for this architecture, dtype and shape, or ``default``."""
-    key = f"{str(dtype).removeprefix('torch.')}/n{tokens}/d{head_dim}"
-    for watch in _watches:
-        watch.append(Request(kernel, arch, key, default))
-    for name, config in reversed(_forced):
+    request = Request(kernel, arch, f"{str(dtype).removeprefix('torch.')}/n{tokens}/d{head_dim}", default)
+    for watch in (*_watches, *_thread.watches):
+        watch.append(request)
+    for name, config in reversed((*_forced, *_thread.forced)):
         if name == kernel:
             return config
-    return replace(default, **_table(arch).get(kernel, {}).get(key, {}))
+    return usual(request)
+
+
+def usual(request: Request) -> Config:
+    """Return what the tables answer to a request, or else its default, whatever is forced."""
+    found: Mapping[str, Any] = {}
+    for table in (_table(request.arch), *_thread.tables):
+        found = table.get(request.kernel, {}).get(request.key, found)
+    return replace(request.default, **found)
 
 
 @contextmanager
-def forced(kernel: str, config: Config) -> Iterator[None]:
+def forced(kernel: str, config: Config, *, this_thread: bool = False) -> Iterator[None]:
     """Launch ``kernel`` with ``config`` inside, whatever table and default say; the innermost one counts.
 
-    The setting belongs to the process, not to the thread: autograd runs a backward on CUDA in a thread of its own.
+    The setting belongs to the process: autograd runs a backward on CUDA in a thread of its own. With ``this_thread``
+    no other thread sees it, and it wins.
 
     Raises:
         TypeError: ``config`` is no ``Config``.
@@ -69,23 +95,34 @@ def forced(kernel: str, config: Config) -> Iterator[None]:
     """
     if not isinstance(config, Config):
         raise TypeError(f"config must be a Config, got {type(config).__name__}")
-    _forced.append((kernel, config))
-    try:
+    with _last(_thread.forced if this_thread else _forced, (kernel, config)):
         yield
-    finally:
-        _forced.pop()
 
 
 @contextmanager
-def watched() -> Iterator[list[Request]]:
-    """Collect what launchers ask for inside, in order, each time anew."""
+def watched(*, this_thread: bool = False) -> Iterator[list[Request]]:
+    """Collect what launchers ask for inside, in order, each time anew; of this thread alone, or of all."""
     requests: list[Request] = []
-    _watches.append(requests)
-    try:
+    with _last(_thread.watches if this_thread else _watches, requests):
         yield requests
+
+
+@contextmanager
+def measured(table: Table) -> Iterator[None]:
+    """Let ``table`` answer before those of the package, for the launches of this thread."""
+    with _last(_thread.tables, table):
+        yield
+
+
+@contextmanager
+def _last(settings: list[Any], one: Any) -> Iterator[None]:
+    """Put ``one`` at the end of ``settings`` inside."""
+    settings.append(one)
+    try:
+        yield
     finally:
-        # By identity: two watches that saw nothing are equal.
-        _watches[:] = [watch for watch in _watches if watch is not requests]
+        # By identity, from the end: two watches that saw nothing are equal, and threads end in any order.
+        del settings[max(i for i, other in enumerate(settings) if other is one)]
 
 
 def table_path(arch: int) -> Path:

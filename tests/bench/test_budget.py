@@ -2,17 +2,18 @@
 
 import ast
 import copy
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from bench import aot, budget
+from bench import aot, budget, stages
 from bench.budget_cases import ALLOWED, CASES, LEFT_OUT, select
 from bench.budget_picture import draw
 from bench.budget_rules import broken_rules, rows_of
@@ -483,8 +484,30 @@ def test_a_measured_time_is_found_by_everything_that_decides_it(tmp_path):
     [row] = rows_of(compiled("7x7 d32 bf16 forward shifted"))
     assert budget.measured(row, results) == 812.0
     other_sizes = [{"sizes": {**row["sizes"], "shift": 0}}, {"sizes": {**row["sizes"], "height": 28}}, {"sizes": None}]
-    for change in ({"arch": 80}, {"op": "layer_norm"}, {"dtype": "fp16"}, {"direction": "backward"}, *other_sizes):
+    for change in (
+        {"arch": 80},
+        {"measured_as": "layer_norm"},
+        {"dtype": "fp16"},
+        {"direction": "backward"},
+        *other_sizes,
+    ):
         assert budget.measured({**row, **change}, results) is None
+
+
+def test_cases_find_the_rows_of_the_calls_that_they_are_about():
+    asked, measured = set(), set()
+    for op in stages.ops():
+        for (name, shape), mode in itertools.product(op.SHAPES.items(), ("forward", "backward")):
+            sizes = json.loads(json.dumps(asdict(shape)))
+            result = {"op": op.OP, "arch": 90, "dtype": "bf16", "mode": mode, "sizes": sizes, "measured_clocks": 1.0}
+            named = set(op.budget_cases(shape, "bf16", mode))
+            asked |= named
+            for case in CASES:
+                row = {"arch": 90, **{x: getattr(case, x) for x in ("measured_as", "dtype", "direction", "sizes")}}
+                if budget.measured(row, [result]) is not None:
+                    assert case.name in named, f"{op.OP} {name} is not a call that {case.name} is about"
+                    measured.add(case.name)
+    assert {case.name for case in CASES} & asked - measured == set()
 
 
 def test_the_command_passes_its_options_on(monkeypatch):

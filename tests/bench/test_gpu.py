@@ -14,8 +14,8 @@ from bench.competitors import library
 from bench.ops import window_attention
 from bench.session import Missing, OutOfTime, Plan, Session, modes_of
 from bench.store import Store
-from florence_fast.verify import timing
-from florence_fast.verify.timing import MIN_SAMPLE_SECONDS
+from florence_fast import timing
+from florence_fast.timing import MIN_SAMPLE_SECONDS
 from florence_fast.verify.window_attention import SUBJECT, Shape, eager
 
 OPS = stages.ops()

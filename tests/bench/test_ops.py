@@ -1,41 +1,29 @@
-"""What the files of bench/ops say: formulas against the tensors and the products of the plain computation, and that
-competitors which are not installed here would be called as their packages want it."""
+"""What the files of bench/ops say: formulas against the tensors and the products of the plain computation."""
 
 import itertools
-import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import competitors, competitors_losses, competitors_windows, harness, machine, stages
+from bench import competitors, competitors_losses, harness, machine, stages
 from bench.budget_cases import CASES
-from bench.competitors import found
 from bench.ops import (
     batched_nms,
     contrastive_loss,
-    deform_conv2d,
-    layer_norm,
     layer_norm_residual,
     nms,
     patch_merging,
-    sigmoid_loss,
-    window_attention,
-    window_attention_3d,
-    window_attention_cosine,
-    window_attention_partitioned,
 )
 from bench.session import Missing, Plan, Session, dtypes_of, entry_of, modes_of
 from bench.store import Store
 from florence_fast.ops import OPS
 from florence_fast.verify import exact_results
 from florence_fast.verify.cases import Inputs, each
-from florence_fast.verify.compare import judge, relative_error, results
+from florence_fast.verify.compare import relative_error, results
 from florence_fast.verify.contrastive_loss import repeated_setup, setup
 
 EVERY = stages.ops()
@@ -214,149 +202,6 @@ def test_all_logits_are_written_where_they_have_room(monkeypatch, gigabytes, lab
     reason = competitors_losses.logits_have_no_room(inputs)
     assert (reason is None) == has_room
     assert has_room or "all logits need about 43 GB, and the device has 40" in reason
-
-
-def test_a_package_is_missing_for_one_of_three_reasons(monkeypatch, tmp_path):
-    with pytest.raises(Missing, match="no_such_package is not installed"):
-        found("no_such_package", "thing")
-    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
-    with pytest.raises(Missing, match=r"the installed apex has no normalization\.fused_layer_norm"):
-        found("apex", "normalization.fused_layer_norm")
-    (tmp_path / "broken_here.py").write_text("raise RuntimeError('no GPU')")
-    (tmp_path / "half_here.py").write_text("import no_such_package")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(Missing, match="broken_here cannot be imported: RuntimeError: no GPU"):
-        found("broken_here", "thing")
-    with pytest.raises(Missing, match="half_here cannot be imported: No module named"):
-        found("half_here", "thing")
-    assert found("torch", "nn.functional.gelu") is F.gelu
-
-
-def pretend(monkeypatch, path: str, thing: object) -> None:
-    """Install a package that has ``thing`` at this path, and let what needs a GPU run on the CPU."""
-    *modules, last = path.split(".")
-    for i in range(len(modules)):
-        name = ".".join(modules[: i + 1])
-        module = ModuleType(name)
-        monkeypatch.setitem(sys.modules, name, module)
-        if i:
-            setattr(sys.modules[".".join(modules[:i])], modules[i], module)
-    setattr(sys.modules[".".join(modules)], last, thing)
-    for module in (competitors_windows, competitors_losses, layer_norm):
-        monkeypatch.setattr(module, "needs_gpu", lambda inputs: None)
-
-
-def right(op: ModuleType, competitor: str, shape: object) -> bool:
-    """Whether a competitor gives what the plain computation gives."""
-    inputs = op.setup(shape, torch.float32, "cpu", 2)
-    function = op.COMPETITORS[competitor](inputs, Plan()).function
-    plain, exact = results(rival(op, inputs), inputs.tensors, inputs.grad_out), exact_results(entry_of(op), inputs)
-    judgements = judge(results(function, inputs.tensors, inputs.grad_out), plain, exact)
-    return all(judgement.passed for judgement in judgements)
-
-
-def attention_of_xformers(q, k, v, attn_bias):
-    """(B, N, h, d) in and out; rows of the bias begin at multiples of 8, and it has the shape of all scores."""
-    assert attn_bias.shape == (q.shape[0], q.shape[2], q.shape[1], q.shape[1])
-    assert attn_bias.stride(-2) % 8 == 0 and attn_bias.stride(-1) == 1
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias).transpose(1, 2)
-
-
-@pytest.mark.parametrize("op", [window_attention, window_attention_3d, window_attention_partitioned])
-def test_xformers_gets_padded_rows_and_the_windows_of_a_map_as_heads(monkeypatch, op):
-    pretend(monkeypatch, "xformers.ops.memory_efficient_attention", attention_of_xformers)
-    for shape in op.REHEARSAL.values():
-        assert right(op, "xformers", shape)
-    if op is window_attention:
-        whole = window_attention.Shape(2, 6, 6, 2, window=3, shift=0, head_dim=16)
-        assert right(op, "xformers", whole)
-
-
-def test_flash_window_attention_v2_gets_windows_that_are_cut_out(monkeypatch):
-    def attention(q, k, v, logit_scale, bias, mask):
-        """Cosines of q and k, times exp of ``logit_scale`` (h, 1, 1), as the package computes them."""
-        assert logit_scale.shape == (q.shape[1], 1, 1) and logit_scale.dtype == bias.dtype == q.dtype
-        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
-        scores = scores * logit_scale.clamp(max=math.log(100)).exp() + bias
-        if mask is not None:
-            scores = (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
-        return scores.softmax(-1) @ v
-
-    pretend(monkeypatch, "flash_win_attn_v2.flash_window_attention_v2.flash_win_attn_v2", attention)
-    shape = window_attention_cosine.REHEARSAL["tiny"]
-    with pytest.raises(Missing, match="takes float16 and bfloat16 only"):
-        right(window_attention_cosine, "flash-window-attention-v2", shape)
-    op, dtype = window_attention_cosine, torch.bfloat16
-    inputs = op.setup(shape, dtype, "cpu", 2)
-    function = op.COMPETITORS["flash-window-attention-v2"](inputs, Plan()).function
-    plain = results(rival(op, inputs), inputs.tensors, inputs.grad_out)
-    found_here = results(function, inputs.tensors, inputs.grad_out)
-    assert all(j.passed for j in judge(found_here, plain, exact_results("window_attention", inputs)))
-
-
-def one_direction(q, k, scale):
-    logits = scale * q @ k.T
-    return F.cross_entropy(logits, torch.arange(len(q)), reduction="none")
-
-
-LOSSES = {
-    "open_clip": (
-        "open_clip.ClipLoss",
-        lambda local_loss, gather_with_grad: (
-            lambda a, b, scale: (one_direction(a, b, scale).mean() + one_direction(b, a, scale).mean()) / 2
-        ),
-    ),
-    "Inf-CL": ("inf_cl.cal_flash_loss", lambda q, k, labels=None, scale=None, head_dim=256: one_direction(q, k, scale)),
-    "cut-cross-entropy": (
-        "cut_cross_entropy.linear_cross_entropy",
-        lambda e, c, targets, filter_eps: F.cross_entropy(e @ c.T, targets),
-    ),
-}
-
-
-@pytest.mark.parametrize("competitor", LOSSES)
-def test_the_losses_of_others_are_ours_in_both_directions(monkeypatch, competitor):
-    pretend(monkeypatch, *LOSSES[competitor])
-    assert right(contrastive_loss, competitor, contrastive_loss.Shape(24, 256))
-    with pytest.raises(Missing, match="has no labels"):
-        right(contrastive_loss, competitor, contrastive_loss.Shape(24, 256, 5))
-
-
-def test_inf_cl_takes_256_channels_at_a_time(monkeypatch):
-    pretend(monkeypatch, *LOSSES["Inf-CL"])
-    with pytest.raises(Missing, match="D must be a multiple of 256 here, got 32"):
-        right(contrastive_loss, "Inf-CL", contrastive_loss.Shape(24, 32))
-
-
-def test_siglip_kernel_gets_the_logarithm_of_the_scale(monkeypatch):
-    def loss(image_features, text_features, log_temperature, bias):
-        logits = log_temperature.exp() * image_features @ text_features.T + bias
-        sign = 2 * torch.eye(len(logits)) - 1
-        return -F.logsigmoid(sign * logits).sum() / len(logits)
-
-    pretend(monkeypatch, "siglip_kernel.fused_siglip_loss", loss)
-    assert right(sigmoid_loss, "siglip-kernel", sigmoid_loss.Shape(30, 16))
-
-
-def test_norms_and_torchvision_are_called_with_their_arguments(monkeypatch):
-    def apex(x, weight, bias, shape, eps):
-        return F.layer_norm(x, shape, weight, bias, eps)
-
-    def liger(x, weight, bias, eps):
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-    def deform(input, offset, weight, bias, padding, mask):
-        return OPS["deform_conv2d"].reference(input, offset, weight, bias, padding=padding, mask=mask)
-
-    pretend(monkeypatch, "apex.normalization.fused_layer_norm.mixed_dtype_fused_layer_norm_affine", apex)
-    pretend(monkeypatch, "liger_kernel.transformers.functional.liger_layer_norm", liger)
-    assert right(layer_norm, "apex", layer_norm.Shape(9, 24)) and right(layer_norm, "liger", layer_norm.Shape(9, 24))
-    pretend(monkeypatch, "torchvision.ops.deform_conv2d", deform)
-    assert right(deform_conv2d, "torchvision", deform_conv2d.REHEARSAL["tiny"])
-    for op, name in ((nms, "nms"), (batched_nms, "batched_nms")):
-        pretend(monkeypatch, f"torchvision.ops.{name}", OPS[name].reference)
-        assert right(op, "torchvision", op.REHEARSAL["tiny"])
 
 
 def test_the_draws_of_one_seed_are_equal_and_those_of_two_are_not():

@@ -1,6 +1,7 @@
 """Tuning: the search with a clock that lies as it is told, what the budget excludes, and what a stop leaves behind."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,8 @@ from bench.store import Store
 from bench.tune_record import Record
 from florence_fast.kernels import configs
 from florence_fast.kernels.configs import Config
-from florence_fast.verify.timing import Timing
+from florence_fast.kernels.configs.search import candidates
+from florence_fast.timing import Timing
 
 FORWARD, BACKWARD = "layer_norm_fwd", "layer_norm_bwd"
 
@@ -90,7 +92,7 @@ def test_the_winner_goes_into_the_table_and_launches_read_it(session, clock, mon
 
 def test_what_the_budget_excludes_is_not_launched(session, clock):
     default = Config(4, 1, 8)
-    out = {config: "spills" for config in tune_static.candidates(default) if config.num_warps == 2}
+    out = {config: "spills" for config in candidates(default) if config.num_warps == 2}
     timed = clock({(FORWARD, 2): 0.1})
     tuner(session, **{FORWARD: out}).tune(layer_norm, "tiny", "fp32")
     assert out and not [config for kernel, config in timed if kernel == FORWARD and config in out]
@@ -171,7 +173,7 @@ def test_a_lost_device_is_recorded_before_the_stage_ends(session, clock, monkeyp
 
 def test_candidates_differ_from_the_default_and_registers_fit(session):
     default = Config(4, 2, 4)
-    found = tune_static.candidates(default)
+    found = candidates(default)
     assert default not in found and len(set(found)) == len(found)
     assert {config.num_warps for config in found} == {2, 4, 8} and {c.num_stages for c in found} == {1, 2, 3}
     assert {config.programs_per_sm for config in found} == {2, 4, 5, 8}
@@ -193,8 +195,9 @@ def test_the_budget_excludes_errors_memory_spills_and_what_is_there_already():
     assert tune_static.excluded({"error": "PTXASError: no"}, 80, 0) == "PTXASError: no"
 
 
-def test_the_rehearsal_compiles_ahead_searches_and_changes_no_table(tmp_path, capsys):
+def test_the_rehearsal_compiles_ahead_searches_and_changes_no_table(tmp_path, capsys, monkeypatch):
     before = configs.table_path(80).exists()
+    monkeypatch.setenv("FLORENCE_FAST_AUTOTUNE", "1")
     assert tune.main(["--rehearse", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert FORWARD in shown and BACKWARD in shown
@@ -202,6 +205,7 @@ def test_the_rehearsal_compiles_ahead_searches_and_changes_no_table(tmp_path, ca
     assert stored["buckets"].keys() == {"layer_norm tiny fp32"}
     assert {row["status"] for row in stored["rows"]} <= {"tuned", "kept"}
     assert configs.table_path(80).exists() == before
+    assert "FLORENCE_FAST_AUTOTUNE" not in os.environ, "what is measured here is no user's cache"
 
 
 def test_a_child_that_fails_fails_the_rehearsal(session):

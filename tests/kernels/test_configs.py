@@ -88,3 +88,19 @@ def test_a_table_that_was_written_counts_from_the_next_launch_on(tables: None) -
     assert asked() == 3, "tables are read once"
     configs.forget_tables()
     assert config_of("window_attention_bwd", 90, torch.bfloat16, 64, 32, Config()) == Config(2, 4, 3, None)
+
+
+def test_a_measured_table_answers_before_that_of_the_package(tables: None) -> None:
+    def asked() -> Config:
+        return config_of("window_attention_bwd", 90, torch.bfloat16, 64, 32, Config())
+
+    request = configs.Request("window_attention_bwd", 90, "bfloat16/n64/d32", Config())
+    entry = {"num_warps": 2, "num_stages": 1, "programs_per_sm": 3, "maxnreg": None}
+    table: dict[str, dict[str, dict]] = {}
+    with configs.measured(table):
+        assert asked() == configs.usual(request) == Config(4, 3, 2, 168), "what it does not know, the package's does"
+        table["window_attention_bwd"] = {"bfloat16/n64/d32": entry}
+        with configs.forced("window_attention_bwd", Config(1, 1, 1)):
+            assert asked() == Config(1, 1, 1) and configs.usual(request) == Config(2, 1, 3)
+        assert asked() == Config(2, 1, 3)
+    assert asked() == Config(4, 3, 2, 168)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from florence_fast import ops
+from florence_fast import native, ops
 from florence_fast.ops import _backend
 
 NOT_HERE = "kernels run on the CPU only under TRITON_INTERPRET=1"
-NO_NATIVE = "no native kernel for window_attention in this version"
+NOT_BUILT = "the native extension was not built"
+AUTO = "cpp" if native.extension() else "torch"
 
 
 def call() -> torch.Tensor:
@@ -25,7 +26,9 @@ def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLORENCE_FAST_BACKEND", raising=False)
 
 
-def test_auto_takes_the_first_that_can() -> None:
+def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen() == AUTO
+    monkeypatch.setattr(native, "extension", lambda: None)
     assert chosen() == "torch"
 
 
@@ -39,13 +42,14 @@ def test_context_wins_over_variable_and_nests(monkeypatch: pytest.MonkeyPatch) -
             raise KeyError
         assert chosen() == "torch"
     with ops.backend("auto"):
-        assert chosen() == "torch"
+        assert chosen() == AUTO
     assert chosen() == "reference"
 
 
-@pytest.mark.parametrize(("name", "reason"), [("triton", NOT_HERE), ("cpp", NO_NATIVE)])
+@pytest.mark.parametrize(("name", "reason"), [("triton", NOT_HERE), ("cpp", NOT_BUILT)])
 def test_forced_backend_that_cannot_run_says_why(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(native, "extension", lambda: None)
     with (
         ops.backend(name),
         pytest.raises(RuntimeError, match=f"backend '{name}' cannot run window_attention: {reason}"),
@@ -54,7 +58,7 @@ def test_forced_backend_that_cannot_run_says_why(name: str, reason: str, monkeyp
 
 
 def test_the_interpreter_runs_only_where_it_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen() == "torch"
+    assert chosen() == AUTO
     with ops.backend("triton"):
         assert chosen() == "triton"
     monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None)

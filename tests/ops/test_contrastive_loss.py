@@ -226,7 +226,8 @@ def test_no_tensor_is_larger_than_the_features_or_a_tile():
     leaves = [x.requires_grad_() for x in (u, v, scale)]
 
     def largest_allocation(chunk_size: int) -> int:
-        with torch.profiler.profile(profile_memory=True) as profile:
+        # The scratch memory of oneDNN's products in "cpp" is larger than everything here, but not at real sizes.
+        with torch.profiler.profile(profile_memory=True) as profile, _backend.backend("torch"):
             contrastive_loss(*leaves, labels, chunk_size=chunk_size).backward()
         events = profile.profiler.kineto_results.events()
         return max(event.nbytes() for event in events if event.name() == "[memory]")
@@ -310,7 +311,10 @@ def test_reference_backend_is_the_definition_and_can_be_differentiated_twice():
 
 
 def test_a_backend_without_a_kernel_is_refused():
-    with _backend.backend("cpp"), pytest.raises(RuntimeError, match="no native kernel for contrastive_loss"):
+    with (
+        _backend.backend("cpp"),
+        pytest.raises(RuntimeError, match="cannot run contrastive_loss"),
+    ):
         contrastive_loss(*inputs((4, 3, None, None)))
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,20 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
-from florence_fast import ops
+from florence_fast import native, ops
 from florence_fast.ops import _backend, _deform_conv2d_torch
 from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
 
 FORWARD = torch.ops.florence_fast.deform_conv2d.default
 BACKWARD = torch.ops.florence_fast.deform_conv2d_backward.default
 FIXTURE = json.loads(Path(__file__).with_name("torchvision.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def library() -> Iterator[None]:
+    """Force the ``torch`` backend where a test names no other: a CPU has native kernels too."""
+    with ops.backend("torch"):
+        yield
 
 
 @dataclass(frozen=True)
@@ -228,9 +236,10 @@ def test_as_exact_as_plain_pytorch(case: Case, dtype: torch.dtype, poisoned_memo
         assert relative_error(ours[name], x) <= max(allowed, floor), name
 
 
-def test_auto_takes_library_calls_on_a_cpu() -> None:
+def test_auto_takes_native_kernels_on_a_cpu_or_library_calls() -> None:
     tensors, values = Case().make(torch.float32)
-    assert _backend.choose("deform_conv2d", **tensors, **values) == "torch"
+    with ops.backend("auto"):
+        assert _backend.choose("deform_conv2d", **tensors, **values) == ("cpp" if native.extension() else "torch")
 
 
 @pytest.mark.parametrize("name", ["three-by-three", "one-tap-no-mask-no-bias"])

@@ -44,7 +44,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 @ops
-@pytest.mark.parametrize("name_of_backend", ["torch", "triton"])
+@pytest.mark.parametrize("name_of_backend", ["torch", "cpp", "triton"])
 def test_deterministic_algorithms_are_honoured(
     name: str, name_of_backend: str, device: str, deterministic: None
 ) -> None:

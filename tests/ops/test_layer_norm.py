@@ -139,10 +139,11 @@ def test_torch_backend_is_as_exact_as_plain_pytorch(form: tuple, dtype: torch.dt
         tensors[name] = tensors[name].detach().to(weights or dtype).requires_grad_()
     exact = {n: x.detach().double().requires_grad_(x.requires_grad) for n, x in tensors.items()}
     grads_out = [g.to(dtype) for g in grads_for(exact)]
-    ours, usual, wanted = (
-        run(f, t, grads_out)
-        for f, t in ((ops.layer_norm, tensors), (by_library, tensors), (ops.layer_norm_reference, exact))
-    )
+    with ops.backend("torch"):
+        ours, usual, wanted = (
+            run(f, t, grads_out)
+            for f, t in ((ops.layer_norm, tensors), (by_library, tensors), (ops.layer_norm_reference, exact))
+        )
     for name, x in wanted.items():
         error, plain = (((y[name].double() - x).norm() / x.norm()).item() for y in (ours, usual))
         assert ours[name].dtype == (dtype if name.startswith("out") else tensors[name[1:]].dtype), name
@@ -193,7 +194,8 @@ def test_one_of_the_two_results_is_enough(form: str, used: int) -> None:
 def test_factors_are_not_rounded_to_16_bits(dtype: torch.dtype) -> None:
     tensors = make((3, 4, 6), FORMS["drop-path"], dtype)
     exact = {n: x.detach().double().requires_grad_(x.requires_grad) for n, x in tensors.items()}
-    totals = [ops.layer_norm(**t)[0] for t in (tensors, exact)]
+    with ops.backend("torch"):
+        totals = [ops.layer_norm(**t)[0] for t in (tensors, exact)]
     grads = [torch.autograd.grad(y.sum(), t["x"])[0] for y, t in zip(totals, (tensors, exact), strict=True)]
     for got, wanted in (totals, grads):
         assert (got.double() - wanted).norm() <= 1.01 * (wanted.to(dtype).double() - wanted).norm()

@@ -314,7 +314,7 @@ def test_what_it_cannot_do_it_refuses_with_the_reason(case: Case, dtype: torch.d
 
 
 def test_auto_never_interprets() -> None:
-    assert ops._backend.choose("layer_norm", torch.randn(2, 8)) == "torch"
+    assert ops._backend.choose("layer_norm", torch.randn(2, 8)) != "triton"
 
 
 @pytest.mark.gpu

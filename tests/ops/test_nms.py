@@ -7,6 +7,7 @@ Letters: N boxes.
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from florence_fast import ops
+from florence_fast import native, ops
 from florence_fast.ops import _backend
 from florence_fast.ops.nms import _rounded_down, batched_nms, batched_nms_reference, nms, nms_reference
 
 FIXTURE = json.loads(Path(__file__).with_name("torchvision.json").read_text(encoding="utf-8"))["nms"]
 OP = torch.ops.florence_fast.nms.default
+
+
+@pytest.fixture(autouse=True)
+def library() -> Iterator[None]:
+    """Force the ``torch`` backend where a test names no other: a CPU has native kernels too."""
+    with ops.backend("torch"):
+        yield
 
 
 def draw(count: int, coarse: bool = False, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +155,7 @@ def best(boxes: Tensor, scores: Tensor, idxs: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_compiles_once_in_full(backend: str) -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), ops.backend(backend):
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(best, fullgraph=True, dynamic=True, backend=counter)
         for count in (40, 70, 90):
             inputs = draw(count)
@@ -172,9 +181,10 @@ def test_export() -> None:
 
 
 @pytest.mark.parametrize("name", ["nms", "batched_nms"])
-def test_auto_takes_library_calls_on_a_cpu(name: str) -> None:
+def test_auto_takes_native_kernels_on_a_cpu_or_library_calls(name: str) -> None:
     args, kwargs = _backend.OPS[name].example("cpu")
-    assert _backend.choose(name, *args, **kwargs) == "torch"
+    with ops.backend("auto"):
+        assert _backend.choose(name, *args, **kwargs) == ("cpp" if native.extension() else "torch")
 
 
 GOOD = dict(zip(("boxes", "scores", "idxs"), draw(6), strict=True)) | {"iou_threshold": 0.5}

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
-from florence_fast import ops
+from florence_fast import native, ops
 from florence_fast.ops import _backend, _patch_merging_torch
 from florence_fast.ops.patch_merging import patch_merging, patch_merging_reference
 
@@ -141,7 +141,8 @@ def test_torch_backend_is_as_exact_as_plain_pytorch(dtype: torch.dtype, mean: fl
     grad_out = merged_like(tensors[0])
     exact_tensors = tuple(x.detach().double().requires_grad_() for x in tensors)
     exact = run(patch_merging_reference, exact_tensors, grad_out.double())
-    ours, usual = run(patch_merging, tensors, grad_out), run(plain, tensors, grad_out)
+    with ops.backend("torch"):
+        ours, usual = run(patch_merging, tensors, grad_out), run(plain, tensors, grad_out)
     for name, x in exact.items():
         error, allowed = (((y[name].double() - x).norm() / x.norm()).item() for y in (ours, usual))
         factor = 2 if name == "out" else 3
@@ -280,8 +281,11 @@ def test_second_derivatives_are_refused_by_torch_and_given_by_reference() -> Non
         assert second_derivative().any()
 
 
-def test_auto_takes_the_library_on_a_cpu() -> None:
-    assert _backend.choose("patch_merging", *make((2, 4, 4, 16), torch.float32)) == "torch"
+def test_auto_takes_native_kernels_on_a_cpu_and_the_library_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = make((2, 4, 4, 16), torch.float32)
+    assert _backend.choose("patch_merging", *tensors) == ("cpp" if native.extension() else "torch")
+    monkeypatch.setattr(native, "extension", lambda: None)
+    assert _backend.choose("patch_merging", *tensors) == "torch"
 
 
 GOOD = dict(zip(NAMES, make((2, 5, 4, 3), torch.float32), strict=True))

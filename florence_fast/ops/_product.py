@@ -1,0 +1,83 @@
+"""Matrix products, for tensors that need no graph: on a CPU the fastest of what PyTorch carries, elsewhere the usual.
+
+PyTorch sends float32 products to MKL, which on AMD's processors leaves AVX-512 unused, and a linear layer writes its
+bias in a pass of its own. The product that torch.compile takes on CPUs, oneDNN's, is there in eager mode too: measured
+on two Zen 5 cores at the shapes of Swin-T, 2.0 to 2.4 times as fast in float32 and 1.0 to 1.4 times in bfloat16.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""What oneDNN's product is asked for."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x weight^T + bias``: x (..., K), weight (N, K), bias (N,)."""
+    if _suits_onednn(x, weight) and (bias is None or bias.dtype == x.dtype):
+        return _onednn(x.contiguous(), weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Write ``x weight^T + bias`` to ``out``; x in two dimensions."""
+    if x.dtype == torch.float32 and _suits_onednn(x, weight):
+        out.copy_(linear(x, weight, bias))  # a copy of what the caches hold costs less than MKL's product
+    elif bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a b``: (M, K) and (K, N)."""
+    # In bfloat16 a plain product is oneDNN's already, and reads either operand transposed at no cost.
+    return _onednn(a, b.T, None) if a.dtype == torch.float32 and _suits_onednn(a, b) else a @ b
+
+
+def matmul_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a^T b``: (R, M) and (R, N), the product of the gradient of a weight."""
+    if a.dtype != torch.float32 or not _suits_onednn(a, b):
+        return a.T @ b
+    # The wider operand serves better as the weight: 85 against 50 GFLOP/s on a loaded machine.
+    return _onednn(a.T, b.T, None) if a.shape[1] <= b.shape[1] else _onednn(b.T, a.T, None).T.contiguous()
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # Any strides but the bias's, which oneDNN reads as if it lay in one piece.
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _suits_onednn(x: Tensor, y: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == y.dtype and x.numel() > 0 and y.numel() > 0 and _has_onednn(x.dtype)
+
+
+@functools.cache
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Say whether this build of PyTorch has oneDNN's product for ``dtype``, by trying it once."""
+    if not torch.backends.mkldnn.is_available() or dtype not in DTYPES:
+        return False
+    with _disable_current_modes():  # whoever counts FLOPs or fakes memory must not see it
+        ones = torch.ones(2, 2, dtype=dtype, device="cpu")
+        try:
+            product = _onednn(ones, ones, ones[0])
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return False
+        return torch.equal(product, torch.full_like(product, 3))
+
+
+def _flops(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """Count oneDNN's product as torch.utils.flop_counter counts that of ``F.linear``."""
+    return 2 * math.prod(x) * weight[0]
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

@@ -1,0 +1,76 @@
+"""A linear layer by the fastest product at hand: what ``torch.nn.functional.linear`` computes, on a CPU often sooner.
+
+CoSwin and the text tower call it for q, k, v and for the projections. It is no kernel of ours and has no backends:
+anywhere but on a CPU in eager mode it is ``F.linear`` itself.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from florence_fast.ops import _backend, _product
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x weight^T + bias``.
+
+    Args:
+        x: (..., K), floating.
+        weight: (N, K).
+        bias: (N,).
+
+    Returns:
+        (..., N) in the dtype of ``x``, or in autocast's.
+
+    Raises:
+        RuntimeError: shapes or dtypes do not fit, as of ``F.linear``.
+
+    On a CPU the result is differentiable once.
+
+    >>> linear(torch.randn(2, 49, 96), torch.randn(288, 96), torch.zeros(288)).shape
+    torch.Size([2, 49, 288])
+    """
+    if torch.compiler.is_compiling() or not _is_ours(x, weight, bias):
+        return F.linear(x, weight, bias)
+    x, weight, bias = (None if t is None else _backend.autocast_input(t) for t in (x, weight, bias))
+    with _backend.without_autocast("cpu"):
+        needs_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        return _Linear.apply(x, weight, bias) if needs_graph else _product.linear(x, weight, bias)
+
+
+def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Say whether this is a product of plain matrices on a CPU; the library computes, or refuses, everything else."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _product.DTYPES
+        and all(type(t) in (Tensor, Parameter) for t in tensors)
+        and x.numel() > 0
+        and weight.numel() > 0
+        and x.ndim > 0
+        and weight.shape == (len(weight), x.shape[-1])
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows, grad = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
+        return (
+            _product.matmul(grad, weight).view(x.shape) if needs_x else None,
+            _product.matmul_over_rows(grad, rows) if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
