@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import native_table
 from bench.anchors import load_anchors
 from bench.budget_picture import floor, shown
 from bench.report_rows import read_devices
@@ -137,6 +138,11 @@ def cpu_table() -> str:
     return cpu_text(read_devices(RESULTS))
 
 
+def cpu_native_table() -> str:
+    """The goals of the native CPU backend, and what was measured."""
+    return native_table.readme_text(native_table.read_all(RESULTS))
+
+
 OPS_COLUMNS = ("the floor, clocks", "busiest unit, clocks", "stack, bytes", "measured, clocks")
 COLUMNS = ("instructions a warp", "the floor, clocks", "busiest unit of that", "stack, bytes", "measured, clocks")
 UNITS = {
@@ -155,6 +161,7 @@ TABLES = {
     "budget_ops": budget_ops_table,
     "gpu": gpu_table,
     "cpu": cpu_table,
+    "cpu_native": cpu_native_table,
 }
 
 

@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from bench import readme
+from bench import native_table, readme
 from bench.anchors import Anchors, load_anchors
 from bench.goals import judge_all
 from bench.report_pictures import draw
@@ -32,22 +32,26 @@ def main(args: list[str] | None = None) -> int:
     options = parser.parse_args(args)
     try:
         devices, anchors = read_devices(options.results), load_anchors()
+        natives = native_table.read_all(options.results)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     ours = options.results.resolve() == RESULTS.resolve()
     if options.check:
         return check(options.results, devices, anchors, with_readme=ours)
-    if devices and importlib.util.find_spec("matplotlib") is None:
+    if (devices or natives) and importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no pictures; on a machine that has it, run this again")
     else:
-        for path in (path for device in devices for path in draw(device, anchors, options.docs)):
+        drawn = [path for device in devices for path in draw(device, anchors, options.docs)]
+        for path in drawn + [native_table.draw(table, options.docs) for table in natives]:
             print(f"drawn: {path}")
     print(f"written: {write_text(options.results / 'REPORT.md', report_text(devices, anchors))}")
     if ours:  # other results are no matter of this README
         write_text(readme.README, readme.fill(readme.README.read_text(encoding="utf-8")))
         print(f"written: {readme.README}")
     show(devices, anchors)
+    for table in natives:
+        native_table.show(table)
     return 0
 
 

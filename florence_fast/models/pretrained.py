@@ -30,7 +30,7 @@ _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds: tensors under our names, and the model's configuration as a dictionary if it has one."""
+    """What a file holds: tensors by name, and the model's configuration as a dictionary if it has one."""
 
     path: Path
     state: State
@@ -64,7 +64,16 @@ def find_pretrained(model_name: str, pretrained: str | os.PathLike[str]) -> Path
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read what `read_tensors` reads, and rename the tensors of a layout that `to_our_layout` knows."""
+    found = read_tensors(path)
+    return Checkpoint(found.path, to_our_layout(found.state), found.config)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a directory of `save_pretrained`, a safetensors file, or a ``.pth``/``.pt`` file of plain tensors.
+
+    Returns:
+        The tensors under the file's own names, less the wrappings of training scripts.
 
     Raises:
         FileNotFoundError: nothing is there, or the directory holds no ``model.safetensors``.
@@ -77,7 +86,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 f"{path} holds no {WEIGHTS_NAME}, only {sorted(p.name for p in path.iterdir())[:8]}"
             )
         beside = path / CONFIG_NAME
-        found = read_checkpoint(path / WEIGHTS_NAME)
+        found = read_tensors(path / WEIGHTS_NAME)
         if found.config is None and beside.is_file():
             return Checkpoint(found.path, found.state, json.loads(beside.read_text(encoding="utf-8")))
         return found
@@ -97,7 +106,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
             config = (file.metadata() or {}).get(CONFIG_KEY)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    return Checkpoint(path, to_our_layout(unwrap(state)), json.loads(config) if config else None)
+    return Checkpoint(path, unwrap(state), json.loads(config) if config else None)
 
 
 def _read_pickled(path: Path) -> Checkpoint:
@@ -108,7 +117,7 @@ def _read_pickled(path: Path) -> Checkpoint:
         raise ValueError(f"{path} does not hold plain tensors alone, and nothing else is read: {reason}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}")
-    return Checkpoint(path, to_our_layout(unwrap(loaded)), None)
+    return Checkpoint(path, unwrap(loaded), None)
 
 
 def load_state(model: Florence | ImageTower, state: State, *, strict: bool = True, source: str = "state") -> list[str]:
@@ -130,21 +139,8 @@ def load_state(model: Florence | ImageTower, state: State, *, strict: bool = Tru
     Raises:
         ValueError: not one name matches; or, if strict, some are missing or left over; or shapes differ.
     """
-    own = model.state_dict()
-    state = _fit(model, own, dict(state))
-    matching = own.keys() & state.keys()
-    if not matching:
-        raise ValueError(f"no name in {source} belongs to this model: it holds {_first(state)}, wanted {_first(own)}")
-    wrong = [
-        f"{k} {tuple(state[k].shape)}, wanted {tuple(own[k].shape)}"
-        for k in own
-        if k in matching and state[k].shape != own[k].shape
-    ]
-    if wrong:
-        raise ValueError(f"{len(wrong)} tensors of {source} have another shape: {'; '.join(wrong[:4])}")
-    missing = [name for name in own if name not in state]
+    matching, missing, unexpected = match_state(model, state, source=source)
     left_out_head = [name for name in missing if name.startswith("head.")]
-    unexpected = [name for name in state if name not in own]
     if strict and (unexpected or len(missing) > len(left_out_head)):
         raise ValueError(
             f"{source} does not fit: missing {_first(missing)}; unexpected {_first(unexpected)}; "
@@ -152,8 +148,32 @@ def load_state(model: Florence | ImageTower, state: State, *, strict: bool = Tru
         )
     if left_out_head:
         log.warning("%s holds no classifier for this model: it keeps the weights it was drawn with", source)
-    model.load_state_dict({name: state[name] for name in matching}, strict=False)
+    model.load_state_dict(matching, strict=False)
     return missing
+
+
+def match_state(
+    model: Florence | ImageTower, state: State, *, source: str = "state"
+) -> tuple[State, list[str], list[str]]:
+    """Bring ``state`` to the shapes that ``model`` wants, and compare names; the model may be on the meta device.
+
+    Returns:
+        What fits, name -> tensor; the names of the model that are missing; the names of ``state`` that are left over.
+
+    Raises:
+        ValueError: not one name matches, or shapes differ.
+    """
+    own = model.state_dict()
+    state = _fit(model, own, dict(state))
+    matching = {name: state[name] for name in own if name in state}
+    if not matching:
+        raise ValueError(f"no name in {source} belongs to this model: it holds {_first(state)}, wanted {_first(own)}")
+    wrong = [
+        f"{k} {tuple(t.shape)}, wanted {tuple(own[k].shape)}" for k, t in matching.items() if t.shape != own[k].shape
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors of {source} have another shape: {'; '.join(wrong[:4])}")
+    return matching, [name for name in own if name not in state], [name for name in state if name not in own]
 
 
 def _fit(model: nn.Module, own: State, state: State) -> State:

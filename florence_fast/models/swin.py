@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.models.layers import is_plain
+from florence_fast.models.layers import is_plain, layer_norm
 from florence_fast.models.tower import ImageTower
 
 
@@ -36,7 +36,7 @@ class PatchEmbed(nn.Module):
         height, width = image.shape[2:]
         if height % 4 or width % 4:
             image = F.pad(image, (0, -width % 4, 0, -height % 4))
-        return self.norm(self.proj(image).permute(0, 2, 3, 1))
+        return layer_norm(self.norm, self.proj(image).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):

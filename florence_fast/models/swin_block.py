@@ -6,12 +6,22 @@ B batch · H W map height and width · C channels · h heads
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from florence_fast import ops
-from florence_fast.models.layers import Mlp, add_branch, add_branch_and_norm, linear, resize_bias_table
+from florence_fast.models.layers import (
+    Mlp,
+    add_branch,
+    add_branch_and_norm,
+    is_plain,
+    layer_norm,
+    linear,
+    resize_bias_table,
+)
 
 
 class WindowAttention(nn.Module):
@@ -73,9 +83,19 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C) to (B, H, W, C)."""
-        branch = self.attn(self.norm1(x))
+        x, branch = self.branches(x, layer_norm(self.norm1, x))
+        return add_branch(x, branch, self.drop_path, self.training)
+
+    def branches(self, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the map behind the attention, and the branch of the MLP that is still to be added to it.
+
+        Args:
+            x: (B, H, W, C).
+            normed: ``norm1`` of it.
+        """
+        branch = self.attn(normed)
         x, normed = add_branch_and_norm(x, branch, self.norm2, self.drop_path, self.training)
-        return add_branch(x, self.mlp(normed), self.drop_path, self.training)
+        return x, self.mlp(normed)
 
 
 class Stage(nn.Module):
@@ -89,9 +109,18 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks on (B, H, W, C); the merge is the tower's to call, features are read before it."""
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            for block in self.blocks:
                 x = checkpoint(block, x, use_reentrant=False)
-            else:
+            return x
+        if not self.blocks or not is_plain(*self.blocks, kinds=(SwinBlock,)):
+            for block in self.blocks:
                 x = block(x)
-        return x
+            return x
+        # What a block ends with and the next one begins with, a sum and its norm, are one pass over the map.
+        normed = layer_norm(self.blocks[0].norm1, x)
+        for block, following in pairwise(self.blocks):
+            x, branch = block.branches(x, normed)
+            x, normed = add_branch_and_norm(x, branch, following.norm1, block.drop_path, block.training)
+        x, branch = self.blocks[-1].branches(x, normed)
+        return add_branch(x, branch, self.blocks[-1].drop_path, self.blocks[-1].training)

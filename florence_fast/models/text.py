@@ -13,7 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from florence_fast import ops
 from florence_fast.models.config import TextConfig
-from florence_fast.models.layers import QuickGELU, add_branch_and_norm, init_weights, is_plain, linear, quieten_branches
+from florence_fast.models.layers import (
+    QuickGELU,
+    add_branch_and_norm,
+    init_weights,
+    is_plain,
+    layer_norm,
+    linear,
+    quieten_branches,
+)
 from florence_fast.ranges import annotate
 
 
@@ -56,7 +64,7 @@ class TextBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Map (B, N, W) to (B, N, W), under the causal ``mask`` (N, N)."""
-        x, normed = add_branch_and_norm(x, self.attn(self.ln_1(x), mask), self.ln_2)
+        x, normed = add_branch_and_norm(x, self.attn(layer_norm(self.ln_1, x), mask), self.ln_2)
         return x + self._mlp(normed)
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -102,7 +110,7 @@ class TextTower(nn.Module):
         for module in self.modules():
             init_weights(module)
             if isinstance(module, CausalAttention):
-                nn.init.trunc_normal_(module.in_proj_weight, std=self.config.width**-0.5)
+                nn.init.normal_(module.in_proj_weight, std=self.config.width**-0.5)
                 nn.init.zeros_(module.in_proj_bias)
         quieten_branches([output for block in self.resblocks for output in (block.attn.out_proj, block.mlp.c_proj)])
         nn.init.normal_(self.token_embedding.weight, std=0.05 if self.config.token_embed_dim else 0.02)

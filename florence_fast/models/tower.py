@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from florence_fast.models.config import ImageConfig
-from florence_fast.models.layers import drop_path_rates, init_weights, quieten_branches
+from florence_fast.models.layers import drop_path_rates, init_weights, layer_norm, quieten_branches
 from florence_fast.models.saving import SavePretrained
 from florence_fast.models.swin_block import Stage, SwinBlock, WindowAttention
 from florence_fast.ranges import annotate
@@ -70,7 +70,7 @@ class ImageTower(SavePretrained, nn.Module):
         for module in self.modules():
             init_weights(module)
             if isinstance(module, WindowAttention):
-                nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+                nn.init.normal_(module.relative_position_bias_table, std=0.02)
         blocks = [block for stage in self.layers for block in stage.blocks]
         quieten_branches([output for block in blocks for output in (block.attn.proj, block.mlp.fc2)])
 
@@ -83,7 +83,7 @@ class ImageTower(SavePretrained, nn.Module):
             if stage.downsample is not None:
                 with annotate("image.merge", index):
                     x = stage.downsample(x)
-        return self.norm(x)
+        return layer_norm(self.norm, x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Average a map (B, H, W, C) to (B, C), and classify it to (B, K) if there is a classifier."""
@@ -140,14 +140,14 @@ class ImageTower(SavePretrained, nn.Module):
             with annotate("image.stage", index):
                 x = stage(x)
             if index in wanted:
-                out = self.norm(x) if norm and index == last else x
+                out = layer_norm(self.norm, x) if norm and index == last else x
                 maps.append(out.permute(0, 3, 1, 2) if output_fmt == "NCHW" else out)
             if stop_early and index == wanted[-1]:
                 break
             if stage.downsample is not None:
                 with annotate("image.merge", index):
                     x = stage.downsample(x)
-        return maps if intermediates_only else (self.norm(x) if index == last else x, maps)
+        return maps if intermediates_only else (layer_norm(self.norm, x) if index == last else x, maps)
 
     def stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
         """Resolve ``indices`` as `forward_intermediates` takes them to a sorted list of stages.
