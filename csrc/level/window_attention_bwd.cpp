@@ -20,7 +20,7 @@ template <class T, class Unit>
 class Backward {
  public:
   Backward(const WindowGeometry& geometry, float scale, const WindowExtras& extras, const WindowMap& map,
-           ExpandedBias& bias, const T* grad_out, const T* qkv, T* d_qkv, Shared shared)
+           const ExpandedBias& bias, const T* grad_out, const T* qkv, T* d_qkv, Shared shared)
       : g_(geometry), scale_(scale), extras_(extras), map_(map), bias_(bias), grad_out_(grad_out), qkv_(qkv),
         d_qkv_(d_qkv), shared_(shared), channels_(geometry.heads * geometry.head_dim),
         s_(map.tokens(), geometry.head_dim), rows_(s_.n), regions_(s_.columns),
@@ -102,35 +102,49 @@ class Backward {
           partial[r] += value * load(ds + j);
         }
       }
-      const Vec mean = sums_of_rows(partial);
-      for (int r = 0; r < rows; ++r) {
-        for (int64_t j = r * s_.columns; j < (r + 1) * s_.columns; j += lanes) {
-          store(ds + j, load(p + j) * (load(ds + j) - mean[r]));
+      float mean[lanes];
+      store(mean, sums_of_rows(partial));
+      float* sum = shared_.scores ? shared_.scores + (head * s_.n + first + i) * s_.columns : nullptr;
+      for (int r = 0; r < rows; r += 2) {
+        const int64_t row = (i + r) * s_.columns;
+        if (r + 1 < rows) {
+          finish_rows<2>(row, mean + r, sum ? sum + r * s_.columns : nullptr);
+        } else {
+          finish_rows<1>(row, mean + r, sum ? sum + r * s_.columns : nullptr);
         }
       }
     }
-    if (shared_.scores) {
-      float* sum = shared_.scores + (head * s_.n + first) * s_.columns;
-      for (int64_t j = 0; j < count * s_.columns; j += lanes) store(sum + j, load(sum + j) + load(ds_.data() + j));
-    }
-    if constexpr (in_pairs) {
-      if (!needs_products()) return;
-      zip_rows(p_.data(), count, p_paired_.data());
-      zip_rows(ds_.data(), count, ds_paired_.data());
-      bf16* to = reinterpret_cast<bf16*>(ds_units_.data());
-      for (int64_t j = 0; j < count * s_.columns; j += lanes) store(to + j, load(ds_.data() + j));
+  }
+
+  // dS of one row or of two, from P and dP at `offset`; added to the sum over windows, and turned into units.
+  template <int rows>
+  void finish_rows(int64_t offset, const float* mean, float* sum) {
+    for (int64_t j = 0; j < s_.columns; j += lanes) {
+      Vec p[rows], ds[rows];
+      for (int r = 0; r < rows; ++r) {
+        const int64_t at = offset + r * s_.columns + j;
+        p[r] = load(p_.data() + at);
+        ds[r] = p[r] * (load(ds_.data() + at) - mean[r]);
+        if (sum) store(sum + r * s_.columns + j, load(sum + r * s_.columns + j) + ds[r]);
+        if constexpr (in_pairs) {
+          store(reinterpret_cast<bf16*>(ds_units_.data()) + at, ds[r]);
+        } else {
+          store(ds_.data() + at, ds[r]);
+        }
+      }
+      if constexpr (in_pairs) {
+        store_zipped(p, p_paired_.data() + offset / 2 + j);
+        store_zipped(ds, ds_paired_.data() + offset / 2 + j);
+      }
     }
   }
 
-  // Rows of floats zipped in twos: unit (i / 2, j) holds rows i and i + 1 of column j.
-  void zip_rows(const float* rows, int64_t count, Unit* to) const {
-    for (int64_t i = 0; i < count; i += 2) {
-      for (int64_t j = 0; j < s_.columns; j += lanes) {
-        VecBits pair = extend(narrow(load(rows + i * s_.columns + j), bf16{}));
-        if (i + 1 < count) pair |= extend(narrow(load(rows + (i + 1) * s_.columns + j), bf16{})) << 16;
-        std::memcpy(to + i / 2 * s_.columns + j, &pair, sizeof pair);
-      }
-    }
+  // Unit j holds lane j of the two rows; zero stands for a second row that is not there.
+  template <int rows>
+  static void store_zipped(const Vec (&values)[rows], Unit* to) {
+    VecBits pair = extend(narrow(values[0], bf16{}));
+    if constexpr (rows == 2) pair |= extend(narrow(values[1], bf16{})) << 16;
+    std::memcpy(to, &pair, sizeof pair);
   }
 
   // dq of these queries, and what they add to dk and dv.
@@ -200,7 +214,7 @@ class Backward {
   const float scale_;
   const WindowExtras& extras_;
   const WindowMap& map_;
-  ExpandedBias& bias_;
+  const ExpandedBias& bias_;
   const T *grad_out_, *qkv_;
   T* d_qkv_;
   const Shared shared_;
@@ -216,26 +230,35 @@ class Backward {
   bool several_regions_ = false;
 };
 
-// How many runs of windows are summed apart: enough for many cores, as long as their sums stay small.
+// How many runs of windows are summed apart: enough for many cores, as long as their sums stay small beside the work.
 int64_t number_of_runs(int64_t windows, int64_t sum_length) {
-  constexpr int64_t most = 32, floats = int64_t{1} << 23;
-  const int64_t fitting = sum_length ? floats / sum_length : most;
-  const int64_t runs = fitting < 1 ? 1 : fitting < most ? fitting : most;
-  return windows < runs ? windows : runs;
+  constexpr int64_t most = 32, windows_of_a_run = 16, floats = int64_t{1} << 23;
+  int64_t runs = windows / windows_of_a_run;
+  runs = runs < most ? runs : most;
+  if (sum_length && runs > floats / sum_length) runs = floats / sum_length;
+  return runs < 1 ? 1 : runs;
 }
 
-// The gradient of the table or the whole bias from that of the expanded one.
-void fold(int threads, const WindowMap& map, const WindowGeometry& g, const float* d_expanded, int64_t columns,
+// The gradient of the table, or of the whole bias, from that of the expanded one.
+void fold(int threads, const WindowMap& map, int64_t heads, const float* d_expanded, int64_t columns,
           WindowExtrasGradients gradients) {
-  const int64_t n = map.tokens(), full = g.full_window[0] * g.full_window[1] * g.full_window[2];
-  parallel(threads, g.heads, [&](int64_t head) {
+  const int64_t n = map.tokens(), full = map.full_tokens(), offsets = map.offsets();
+  Scratch<float> turned(gradients.table ? heads * offsets : 0);
+  Scratch<int64_t> codes(n);
+  for (int64_t i = 0; i < n; ++i) codes.data()[i] = gradients.table ? map.code(i) : map.corner(i);
+  const int64_t* code = codes.data();
+  parallel(threads, heads, [&](int64_t head) {
+    float* line = gradients.table ? turned.data() + head * offsets : nullptr;
+    for (int64_t k = 0; line && k < offsets; ++k) line[k] = 0.0f;
     for (int64_t i = 0; i < n; ++i) {
       const float* row = d_expanded + (head * n + i) * columns;
-      for (int64_t j = 0; j < n; ++j) {
-        if (gradients.table) gradients.table[(map.code(i) - map.code(j) + map.centre()) * g.heads + head] += row[j];
-        if (gradients.bias) gradients.bias[(head * full + map.corner(i)) * full + map.corner(j)] = row[j];
-      }
+      float* neighbours = line ? line + map.same() - code[i] : gradients.bias + (head * full + code[i]) * full;
+      map.each_line([&](int64_t j, int64_t length) {
+        float* to = neighbours + code[j];
+        each_vector(length, [&](int64_t x, auto part) { part.put(to + x, part.get(to + x) + part.get(row + j + x)); });
+      });
     }
+    for (int64_t k = 0; line && k < offsets; ++k) gradients.table[(offsets - 1 - k) * heads + head] = line[k];
   });
 }
 
@@ -281,7 +304,7 @@ void window_attention_bwd(int threads, DType dtype, WindowGeometry geometry, flo
   if (!length) return;
   Scratch<float> total(length);
   add_partials(threads, runs, length, sums.data(), total.data());
-  if (sums_scores) fold(threads, map, geometry, total.data(), columns, gradients);
+  if (sums_scores) fold(threads, map, heads, total.data(), columns, gradients);
   if (gradients.qkv_bias) std::memcpy(gradients.qkv_bias, total.data() + scores_length, fill_length * sizeof(float));
   if (gradients.logit_scale) {
     std::memcpy(gradients.logit_scale, total.data() + scores_length + fill_length, logit_length * sizeof(float));

@@ -13,7 +13,7 @@ template <class T, class Unit>
 class Forward {
  public:
   Forward(const WindowGeometry& geometry, float scale, const WindowExtras& extras, const WindowMap& map,
-          ExpandedBias& bias, const T* qkv, T* out)
+          const ExpandedBias& bias, const T* qkv, T* out)
       : g_(geometry), scale_(scale), extras_(extras), map_(map), bias_(bias), qkv_(qkv), out_(out),
         channels_(geometry.heads * geometry.head_dim), s_(map.tokens(), geometry.head_dim), rows_(s_.n),
         regions_(s_.columns), pointers_(s_.n, 3 * channels_, extras.qkv_bias), q_(s_.rows_size()),
@@ -85,7 +85,7 @@ class Forward {
   const float scale_;
   const WindowExtras& extras_;
   const WindowMap& map_;
-  ExpandedBias& bias_;
+  const ExpandedBias& bias_;
   const T* qkv_;
   T* out_;
   const int64_t channels_;

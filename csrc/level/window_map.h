@@ -49,21 +49,29 @@ class WindowMap {
     return mixed;
   }
 
-  // The place of token n in the table of offsets: pair (i, j) reads row code(i) - code(j) + centre().
+  // Call body(first, length) for each line of a window along its last axis: tokens `first` and the following ones.
+  template <class Body>
+  void each_line(const Body& body) const {
+    for (int64_t n = 0; n < tokens(); n += g_.window[2]) body(n, g_.window[2]);
+  }
+
+  // Rows of a table: one for each offset between two tokens of the window that was asked for. Counted from the end, so
+  // that it rises along a line of j, pair (i, j) reads row same() - code(i) + code(j).
+  int64_t offsets() const { return side(0) * side(1) * side(2); }
+  int64_t same() const {
+    return offsets() - 1 - (((g_.full_window[0] - 1) * side(1) + g_.full_window[1] - 1) * side(2) + g_.full_window[2] - 1);
+  }
   int64_t code(int64_t n) const {
     const int64_t x = n % g_.window[2], y = n / g_.window[2] % g_.window[1], t = n / g_.window[2] / g_.window[1];
     return (t * side(1) + y) * side(2) + x;
   }
-  int64_t centre() const {
-    return ((g_.full_window[0] - 1) * side(1) + g_.full_window[1] - 1) * side(2) + g_.full_window[2] - 1;
-  }
-  int64_t offsets() const { return side(0) * side(1) * side(2); }
 
-  // The number of token n in the leading corner of the whole window that was asked for.
+  // The number of token n in the leading corner of the whole window that was asked for, and the tokens of that.
   int64_t corner(int64_t n) const {
     const int64_t x = n % g_.window[2], y = n / g_.window[2] % g_.window[1], t = n / g_.window[2] / g_.window[1];
     return (t * g_.full_window[1] + y) * g_.full_window[2] + x;
   }
+  int64_t full_tokens() const { return g_.full_window[0] * g_.full_window[1] * g_.full_window[2]; }
 
  private:
   struct Token {

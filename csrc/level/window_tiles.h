@@ -32,6 +32,9 @@ struct TileSizes {
 };
 
 // The bias of every head, (heads, n, columns), with -inf in the columns beyond n; one head for all without a bias.
+//
+// A table has a row for each offset between two tokens. Turned about and by heads, the offsets of a token to the
+// neighbours in a line of the window lie side by side.
 class ExpandedBias {
  public:
   ExpandedBias(int threads, const WindowMap& map, const WindowGeometry& geometry, const WindowExtras& extras)
@@ -39,24 +42,31 @@ class ExpandedBias {
         n_(map.tokens()),
         columns_(round_up(map.tokens(), lanes)),
         values_(heads_ * n_ * columns_) {
-    Scratch<int64_t> places(n_);
-    int64_t* place = places.data();
-    for (int64_t i = 0; i < n_; ++i) place[i] = extras.table ? map.code(i) : map.corner(i);
-    const int64_t full = geometry.full_window[0] * geometry.full_window[1] * geometry.full_window[2];
+    const int64_t full = map.full_tokens(), offsets = map.offsets();
+    Scratch<float> turned(extras.table ? heads_ * offsets : 0);
+    Scratch<int64_t> codes(n_);
+    for (int64_t i = 0; i < n_; ++i) codes.data()[i] = extras.table ? map.code(i) : map.corner(i);
+    const int64_t* code = codes.data();
     parallel(threads, heads_, [&](int64_t head) {
+      float* line = extras.table ? turned.data() + head * offsets : nullptr;
+      for (int64_t k = 0; line && k < offsets; ++k) line[k] = extras.table[(offsets - 1 - k) * heads_ + head];
       for (int64_t i = 0; i < n_; ++i) {
         float* row = values_.data() + (head * n_ + i) * columns_;
-        for (int64_t j = 0; j < n_; ++j) {
-          row[j] = extras.table  ? extras.table[(place[i] - place[j] + map.centre()) * geometry.heads + head]
-                   : extras.bias ? extras.bias[(head * full + place[i]) * full + place[j]]
-                                 : 0.0f;
-        }
+        const float* neighbours = line          ? line + map.same() - code[i]
+                                  : extras.bias ? extras.bias + (head * full + code[i]) * full
+                                                : nullptr;
+        map.each_line([&](int64_t j, int64_t length) {
+          const float* from = neighbours ? neighbours + code[j] : nullptr;
+          each_vector(length, [&](int64_t x, auto part) { part.put(row + j + x, from ? part.get(from + x) : Vec{}); });
+        });
         for (int64_t j = n_; j < columns_; ++j) row[j] = -__builtin_inff();
       }
     });
   }
 
-  const float* row(int64_t head, int64_t i) { return values_.data() + ((heads_ == 1 ? 0 : head) * n_ + i) * columns_; }
+  const float* row(int64_t head, int64_t i) const {
+    return values_.get() + ((heads_ == 1 ? 0 : head) * n_ + i) * columns_;
+  }
 
  private:
   int64_t heads_, n_, columns_;

@@ -103,7 +103,9 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
     reasons_of = OPS[op].unsupported_reasons
     forced = backend_in_force()
     if forced == "auto":
-        return next(name for name in BACKENDS if not _reasons_against_auto(op, name, args, kwargs))
+        # On a CPU Triton is never taken unasked, and its reasons need not be found at every call.
+        names = BACKENDS[1:] if args[0].device.type == "cpu" else BACKENDS
+        return next(name for name in names if not _reasons_against_auto(op, name, args, kwargs))
     reasons = reasons_of(forced, *args, **kwargs)
     if reasons:
         raise RuntimeError(f"backend {forced!r} cannot run {op}: " + "; ".join(reasons))
@@ -167,7 +169,7 @@ def _capability(device_index: int) -> tuple[int, int]:
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Return a context in which autocast casts nothing: an op decides about its dtypes itself."""
-    if not torch.amp.is_autocast_available(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 

@@ -3,13 +3,14 @@
 Nothing is kept for the backward: in a cache the probabilities cost less to compute again than to read.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops._windows import MAX_LOG_SCALE, cut_map
+from florence_fast.ops._windows import MAX_LOG_SCALE, Size, cut_map
 
 
 def window_attention_fwd(
@@ -68,13 +69,21 @@ def _geometry(
     pad_mode: str,
     cyclic: list[bool],
 ) -> tuple[list[int], float]:
-    """Write the cut of the map out as csrc/kernels.h wants it."""
-    cut = cut_map(qkv.shape[1:-1], tuple(window_size), tuple(shift_size))
+    """Write the cut of the map out as csrc/kernels.h wants it; beside it the scale."""
+    return _cut(tuple(qkv.shape), tuple(window_size), num_heads, tuple(shift_size), pad_mode, tuple(cyclic)), scale
+
+
+@functools.lru_cache(maxsize=256)
+def _cut(
+    shape: tuple[int, ...], window_size: Size, num_heads: int, shift_size: Size, pad_mode: str, cyclic: tuple[bool, ...]
+) -> list[int]:
+    """Give the members of WindowGeometry in their order."""
+    cut = cut_map(shape[1:-1], window_size, shift_size)
     flat = 3 - len(cut.size)
     per_axis = ((cut.size, 1), (cut.window, 1), (window_size, 1), (cut.shift, 0), (cyclic, 0))
     sizes = [int(x) for values, missing in per_axis for x in (*[missing] * flat, *values)]
-    head_dim = qkv.shape[-1] // (3 * num_heads)
-    return [len(qkv), *sizes, num_heads, head_dim, int(pad_mode == "mask")], scale
+    head_dim = shape[-1] // (3 * num_heads)
+    return [shape[0], *sizes, num_heads, head_dim, int(pad_mode == "mask")]
 
 
 def _extras(
