@@ -13,9 +13,12 @@ import torch
 
 from bench.machine import ROOT, Clock
 from bench.store import Row, Store
+from florence_fast import native
 from florence_fast.timing import time_calls
 
 CPU = torch.device("cpu")
+OURS = "ours (cpp)" if native.extension() else "ours (torch)"
+"""Our ops by the backend that they take on a processor."""
 EMPTY = ("reason", "errors", "median", "q20", "q80", "samples", "repeats", "peak_bytes", "bytes_moved", "flops")
 
 

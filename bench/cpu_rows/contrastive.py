@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cpu_rows.base import Run, Skipped, Subject, peak_of
+from bench.cpu_rows.base import OURS, Run, Skipped, Subject, peak_of
 from florence_fast.ops import contrastive_loss
 from florence_fast.verify.contrastive_loss import eager, setup
 
@@ -35,7 +35,7 @@ def measure(run: Run) -> None:
     for batch in (256,) if run.tiny else PEAKS:
         for name in LOSSES:
             subject = _subject(batch, "memory")
-            if batch > MOST_PAIRS and name != "ours (torch)":
+            if batch > MOST_PAIRS and name != OURS:
                 reason = f"holds all logits, which up to {MOST_PAIRS:,} pairs are measured"
                 run.put(subject, name, {"status": "missing", "reason": reason})
             elif name == "open_clip" and importlib.util.find_spec("open_clip") is None:
@@ -70,7 +70,7 @@ def _open_clip() -> Callable[..., Tensor]:
 
 
 LOSSES: dict[str, Callable[[], Callable[..., Tensor]]] = {
-    "ours (torch)": lambda: contrastive_loss,
+    OURS: lambda: contrastive_loss,
     "eager": lambda: lambda **inputs: eager(**inputs, labels=None),
     "open_clip": _open_clip,
 }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cpu_rows.base import Run, Skipped, Subject
+from bench.cpu_rows.base import OURS, Run, Skipped, Subject
 from florence_fast import compat, ops
 from florence_fast.models import create_model
 
@@ -98,7 +98,7 @@ def _accelerated() -> nn.Module:
 
 
 TOWERS: dict[str, Callable[[], nn.Module]] = {
-    "ours (torch)": _ours,
+    OURS: _ours,
     "ours (reference)": lambda: _Reference(_ours()),
     "ours (torch.compile)": lambda: torch.compile(_ours()),
     "Hugging Face": _HuggingFace,
