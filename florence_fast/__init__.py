@@ -5,6 +5,7 @@ costs nothing and needs neither torch nor triton until something asks for them.
 """
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,15 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "__init__.py
 
 _SUBMODULES = ("data", "evaluate", "models", "ops", "train")
 _HOMES = {
-    "add_model_config": "models",
-    "create_model": "models",
-    "create_model_and_transforms": "models",
-    "create_model_from_pretrained": "models",
-    "get_model_config": "models",
-    "get_tokenizer": "models",
+    "add_model_config": "compat.open_clip",
+    "create_model": "compat.open_clip",
+    "create_model_and_transforms": "compat.open_clip",
+    "create_model_from_pretrained": "compat.open_clip",
+    "get_model_config": "compat.open_clip",
+    "get_tokenizer": "compat.open_clip",
     "list_models": "models",
     "list_pretrained": "models",
-    "load_checkpoint": "models",
+    "load_checkpoint": "compat.open_clip",
     "register_model_config": "models",
     "Florence": "models",
     "image_transform": "data",
@@ -34,8 +35,15 @@ _HOMES = {
     "OPENAI_IMAGENET_TEMPLATES": "data",
     "SIMPLE_IMAGENET_TEMPLATES": "data",
     "build_zero_shot_classifier": "evaluate",
+    "tokenize": "compat.open_clip",
+    "ClipLoss": "compat.open_clip",
+    "SigLipLoss": "compat.open_clip",
     "accelerate": "compat",
     "restore": "compat",
+    "patch_open_clip": "compat.open_clip",
+    "unpatch_open_clip": "compat.open_clip",
+    "register_with_timm": "compat.timm_registry",
+    "register_with_transformers": "compat.transformers_registry",
     "backend": "ops",
 }
 
@@ -57,3 +65,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if "timm" in sys.modules:
+    # Whoever has timm at hand finds our towers there; imported later than this package, it takes the call.
+    __getattr__("register_with_timm")()

@@ -13,7 +13,20 @@ from florence_fast import __version__
 from florence_fast.cli import main
 from florence_fast.data.loader import BadDataError
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "search", "info", "verify", "profile", "warmup", "budget")
+COMMANDS = (
+    "demo",
+    "train",
+    "evaluate",
+    "predict",
+    "search",
+    "convert",
+    "export",
+    "info",
+    "verify",
+    "profile",
+    "warmup",
+    "budget",
+)
 TINY = ["--pretrained", "none", "--device", "cpu"]
 
 

@@ -279,7 +279,7 @@ void window_attention_bwd(int threads, DType dtype, WindowGeometry geometry, flo
   const int64_t wanted = 4 * threads;
   const int64_t groups = runs >= wanted ? 1 : heads < wanted / runs ? heads : wanted / runs;
   Scratch<float> sums(runs * length);
-  std::memset(sums.data(), 0, runs * length * sizeof(float));
+  if (length) std::memset(sums.data(), 0, runs * length * sizeof(float));
 
   with_type(dtype, [&]<class T>(T) {
     const auto run = [&]<class Unit>(Unit) {

@@ -11,7 +11,20 @@ from typing import Annotated, Any
 
 import typer
 
-from florence_fast.cli import budget, demo, evaluate, info, predict, profile, search, train, verify, warmup
+from florence_fast.cli import (
+    budget,
+    convert,
+    demo,
+    evaluate,
+    export,
+    info,
+    predict,
+    profile,
+    search,
+    train,
+    verify,
+    warmup,
+)
 from florence_fast.cli.usage import WrongUsage
 from florence_fast.version import __version__
 
@@ -23,6 +36,8 @@ app.command("train")(train.command)
 app.add_typer(evaluate.commands, name="evaluate")
 app.command("predict")(predict.command)
 app.command("search")(search.command)
+app.command("convert")(convert.command)
+app.command("export")(export.command)
 app.command("info")(info.command)
 app.command("verify")(verify.command)
 app.command("profile")(profile.command)

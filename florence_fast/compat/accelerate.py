@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from florence_fast.compat import hugging_face
+from florence_fast.compat import hugging_face, hugging_face_v2, microsoft_swin, monai, timm, torchvision
+from florence_fast.compat.options import Options
 
-LIBRARIES = (hugging_face,)
-"""Modules with LOOKS_FOR, FORWARDS, ``kind(module)`` and ``replacement(module)``."""
+LIBRARIES = (hugging_face, hugging_face_v2, timm, torchvision, monai, microsoft_swin)
+"""Modules with LOOKS_FOR, FORWARDS, ``kind(module)`` and ``replacement(module, options)``."""
 
 _SIGNS = {"relative_position_bias_table", "relative_position_index", "relative_coords_table"}
 """Names of parameters and buffers by which window attention of unknown type is recognised, for the messages."""
@@ -52,19 +53,34 @@ def _names(names: list[str]) -> str:
     return f"{len(names)}: {shown}"
 
 
-def accelerate(model: nn.Module, verbose: bool = True) -> Report:
+def accelerate(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    merging: bool = True,
+    mlp: bool = True,
+    norm: bool = True,
+    verbose: bool = True,
+) -> Report:
     """Let the layers of ``model`` that we know compute on `florence_fast.ops`, in place.
 
-    Known is the window attention of Hugging Face's Swin (also in Donut and CLAP). Outputs and gradients are the same
-    to rounding. `restore` takes it back. Calls that the kernels cannot serve go through the layer's own forward:
-    ``output_attentions=True``, dropout of attention weights in training, q, k, v that LoRA has replaced since.
+    Known are the layers and the patch merges of Hugging Face's Swin (also in Donut, MaskFormer and CLAP), Swin V2 and
+    Swin2SR. Outputs and gradients are the same to rounding. `restore` takes it back. Calls that the ops cannot serve go
+    through the module's own forward: ``output_attentions=True``, dropout of attention weights in training, q, k, v that
+    LoRA has replaced since.
 
     Args:
-        model: any module; a layer itself as well. Best before torch.compile, which would compile again.
+        model: any module; a layer itself as well. Best before torch.compile, which would compile again, and before
+            fully_shard, which leaves no plain weights to look at.
+        attention: compute window attention and the products around it. Where a library's layer is one forward, as
+            Hugging Face's, False leaves it alone with its norms and feed-forward branch.
+        merging: compute the merges between stages.
+        mlp: compute the feed-forward branches; False calls the model's own.
+        norm: compute the norms, with the residual sums before them; False calls the model's own.
         verbose: print the report.
 
     Returns:
-        What was swapped, what already was, what was skipped and why.
+        What was swapped, what already was, what was skipped and why. What already was keeps the options it had.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -81,17 +97,18 @@ def accelerate(model: nn.Module, verbose: bool = True) -> Report:
     swapped: dict[str, list[str]] = {}
     already: dict[str, list[str]] = {}
     skipped: dict[str, str] = {}
+    options = Options(attention, merging, mlp, norm)
     for name, module, library, kind in _known_layers(model):
         if _is_swapped(module):
             already.setdefault(kind, []).append(name)
             continue
-        forward = library.replacement(module)
+        forward = library.replacement(module, options)
         if "forward" in module.__dict__:
             forward = "its forward is already replaced by something else"
         if isinstance(forward, str):
             skipped[name] = forward
         else:
-            module.forward = partial(forward, module)
+            module.forward = partial(forward, module)  # flat, so that its func is the library's forward
             swapped.setdefault(kind, []).append(name)
     skipped |= _unknown_attention(model)
     report = Report(swapped, already, skipped)

@@ -1,38 +1,45 @@
-"""The window attention of Hugging Face's Swin on `florence_fast.ops`: the forwards that `accelerate` puts into layers.
+"""Hugging Face's Swin on `florence_fast.ops`: the forwards that `accelerate` puts into its layers and merges.
 
 A layer's forward is replaced whole, since theirs rolls, pads and cuts the map before the attention sees it. Known are
-``SwinLayer`` of transformers 4.x and 5.x and its copies in Donut and in CLAP's audio tower. transformers itself is not
-imported: layers are known by the module and name of their class, by the arguments of their forward and by their parts.
+``SwinLayer`` and ``SwinPatchMerging`` of transformers 4.x and 5.x and their copies in Donut, in MaskFormer and in
+CLAP's audio tower; `hugging_face_v2` has those of Swin V2. transformers itself is not imported: modules are known by
+the module and name of their class, by the arguments of their forward and by their parts.
 
-Whatever the op does not compute goes through the layer's own forward, call by call; `_needs_own_forward` lists it.
+Whatever the ops do not compute goes through the module's own forward, call by call; `needs_own_forward` lists it.
 
 B batch · H W map height and width · C channels · h heads
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from florence_fast import ops
+from florence_fast.compat import pieces
+from florence_fast.compat.options import Options
+from florence_fast.compat.pieces import StandIn
+from florence_fast.models.layers import is_plain
 
-CLASSES = {
+LAYERS = {
     ("transformers.models.swin.modeling_swin", "SwinLayer"),
     ("transformers.models.donut.modeling_donut_swin", "DonutSwinLayer"),
+    ("transformers.models.maskformer.modeling_maskformer_swin", "MaskFormerSwinLayer"),
     ("transformers.models.clap.modeling_clap", "ClapAudioLayer"),
 }
-LOOKS_FOR = "transformers' " + ", ".join(sorted(name for _, name in CLASSES))
+MERGES = {(module, name.replace("Layer", "PatchMerging")) for module, name in LAYERS}
+LOOKS_FOR = "transformers' " + ", ".join(sorted(name for _, name in LAYERS | MERGES))
 
 
-class _Parts(NamedTuple):
+untouched = partial(pieces.untouched, "transformers")
+
+
+class Parts(NamedTuple):
     """What the attention of a layer is made of, wherever its version of transformers keeps it."""
 
     linears: tuple[nn.Module, nn.Module, nn.Module]
@@ -44,42 +51,63 @@ class _Parts(NamedTuple):
     """Of the probabilities."""
     containers: tuple[nn.Module, ...]
     """The modules that are read and no longer called, beside the linears."""
+    window: int
+    """Tokens along a side of the window for which the bias was made."""
 
 
-def _parts_5(layer: nn.Module) -> _Parts:
+def _parts_5(layer: nn.Module) -> Parts:
     attention = layer.attention
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
     position = attention.relative_position_bias
     containers = (attention, position)
     table = position.relative_position_bias_table
-    return _Parts(linears, table, attention.num_attention_heads, attention.attention_dropout, containers)
+    heads, dropout = attention.num_attention_heads, attention.attention_dropout
+    return Parts(linears, table, heads, dropout, containers, _window(table))
 
 
-def _parts_4(layer: nn.Module) -> _Parts:
+def _parts_4(layer: nn.Module) -> Parts:
     inner = layer.attention.self
     linears = (inner.query, inner.key, inner.value)
     table, containers = inner.relative_position_bias_table, (layer.attention, inner, inner.dropout)
-    return _Parts(linears, table, inner.num_attention_heads, inner.dropout.p, containers)
+    return Parts(linears, table, inner.num_attention_heads, inner.dropout.p, containers, _window(table))
 
 
 def forward_5(
-    layer: nn.Module, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs
+    layer: nn.Module,
+    hidden_states: Tensor,
+    input_dimensions: tuple[int, int],
+    always_partition: bool = False,
+    *,
+    options: Options,
+    **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """Stand in for SwinLayer.forward of transformers 5.x: (B, H*W, C) to the same and no attention weights."""
-    wants_weights = kwargs.get("output_attentions", getattr(layer.attention.config, "output_attentions", False))
-    if _needs_own_forward(layer, _parts_5(layer), input_dimensions, always_partition, wants_weights):
+    config = getattr(layer.attention, "config", None)
+    wants_weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    _end_shift(layer, input_dimensions, always_partition)
+    if needs_own_forward(layer, _parts_5, input_dimensions, wants_weights):
         return type(layer).forward(layer, hidden_states, input_dimensions, always_partition, **kwargs)
     # Their class checkpoints its forward and not its call, so that this forward has to do it as well.
-    own = type(layer).forward
-    if hasattr(own, "__wrapped__") and layer.training and getattr(layer, "gradient_checkpointing", False):
-        return layer._gradient_checkpointing_func(partial(_compute_5, layer), hidden_states, input_dimensions), None
-    return _compute_5(layer, hidden_states, input_dimensions), None
+    compute = partial(_compute_5, layer, options=options)
+    if (
+        hasattr(type(layer).forward, "__wrapped__")
+        and layer.training
+        and getattr(layer, "gradient_checkpointing", False)
+    ):
+        return layer._gradient_checkpointing_func(compute, hidden_states, input_dimensions), None
+    return compute(hidden_states, input_dimensions), None
 
 
-def _compute_5(layer: nn.Module, hidden_states: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
-    out = _attend(layer, _parts_5(layer), layer.layernorm_before(hidden_states), input_dimensions)
-    hidden_states = hidden_states + layer.drop_path(layer.dropout(layer.attention.o_proj(out)))
-    return layer.dropout(layer.mlp(layer.layernorm_after(hidden_states))) + hidden_states
+def _compute_5(layer: nn.Module, x: Tensor, input_dimensions: tuple[int, int], options: Options) -> Tensor:
+    normed = pieces.norm(layer.layernorm_before, x, options)
+    out = _attend(layer, _parts_5(layer), normed, input_dimensions)
+    branch = layer.dropout(pieces.linear(layer.attention.o_proj, out))
+    x, normed = pieces.add_and_norm(x, branch, layer.drop_path, layer.layernorm_after, options)
+    mlp = layer.mlp
+    out = None
+    if options.mlp and untouched(mlp):
+        out = pieces.mlp(normed, mlp.fc1, mlp.activation_fn, mlp.fc2)
+    return layer.dropout(mlp(normed) if out is None else out) + x
 
 
 def forward_4_with_head_mask(
@@ -89,13 +117,15 @@ def forward_4_with_head_mask(
     head_mask: Tensor | None = None,
     output_attentions: bool | None = False,
     always_partition: bool | None = False,
+    *,
+    options: Options,
 ) -> tuple[Tensor, ...]:
     """Stand in for the forward of transformers 4.x, which can switch heads off."""
-    wanted = output_attentions or head_mask is not None
-    if _needs_own_forward(layer, _parts_4(layer), input_dimensions, always_partition, wanted):
+    _end_shift(layer, input_dimensions, always_partition)
+    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions or head_mask is not None):
         args = (hidden_states, input_dimensions, head_mask, output_attentions, always_partition)
         return type(layer).forward(layer, *args)
-    return _compute_4(layer, hidden_states, input_dimensions)
+    return _compute_4(layer, hidden_states, input_dimensions, options)
 
 
 def forward_4(
@@ -104,34 +134,74 @@ def forward_4(
     input_dimensions: tuple[int, int],
     output_attentions: bool | None = False,
     always_partition: bool | None = False,
+    *,
+    options: Options,
 ) -> tuple[Tensor, ...]:
     """Stand in for the forward of the copies in Donut and CLAP of transformers 5.x."""
-    if _needs_own_forward(layer, _parts_4(layer), input_dimensions, always_partition, output_attentions):
+    _end_shift(layer, input_dimensions, always_partition)
+    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions):
         return type(layer).forward(layer, hidden_states, input_dimensions, output_attentions, always_partition)
-    return _compute_4(layer, hidden_states, input_dimensions)
+    return _compute_4(layer, hidden_states, input_dimensions, options)
 
 
-def _compute_4(layer: nn.Module, hidden_states: Tensor, input_dimensions: tuple[int, int]) -> tuple[Tensor]:
-    normed = layer.layernorm_before(hidden_states)
-    out = _attend(layer, _parts_4(layer), normed, input_dimensions)
-    hidden_states = hidden_states + layer.drop_path(layer.attention.output(out, normed))
-    return (hidden_states + layer.output(layer.intermediate(layer.layernorm_after(hidden_states))),)
+def forward_4_fixed(
+    layer: nn.Module,
+    hidden_states: Tensor,
+    input_dimensions: tuple[int, int],
+    output_attentions: bool | None = False,
+    *,
+    options: Options,
+) -> tuple[Tensor, ...]:
+    """Stand in for the forward of MaskFormer's copy of transformers 5.x, whose window and shift never change."""
+    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions):
+        return type(layer).forward(layer, hidden_states, input_dimensions, output_attentions)
+    return _compute_4(layer, hidden_states, input_dimensions, options)
 
 
-def _attend(layer: nn.Module, parts: _Parts, x: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
-    """Map (B, H*W, C) to (B, H*W, C), up to the output projection.
+def forward_4_fixed_with_head_mask(
+    layer: nn.Module,
+    hidden_states: Tensor,
+    input_dimensions: tuple[int, int],
+    head_mask: Tensor | None = None,
+    output_attentions: bool | None = False,
+    *,
+    options: Options,
+) -> tuple[Tensor, ...]:
+    """Stand in for the forward of MaskFormer's copy of transformers 4.x."""
+    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions or head_mask is not None):
+        return type(layer).forward(layer, hidden_states, input_dimensions, head_mask, output_attentions)
+    return _compute_4(layer, hidden_states, input_dimensions, options)
 
-    The three weights are joined at every call, so that they stay three parameters. Joining the three results instead
-    took 1.0 to 1.4 times as long in the stages of Swin-T at batch 8 on a CPU (float32, bf16, autocast and with
-    backward; 0.94 at the least). It is faster where the rows are fewer than the channels: 0.4 at batch 1 and 49 rows.
-    """
-    biases = [linear.bias for linear in parts.linears]
-    bias = None if biases[0] is None else torch.cat(biases)
-    qkv = F.linear(x, torch.cat([linear.weight for linear in parts.linears]), bias)
+
+def _compute_4(layer: nn.Module, x: Tensor, input_dimensions: tuple[int, int], options: Options) -> tuple[Tensor]:
+    normed = pieces.norm(layer.layernorm_before, x, options)
+    branch = project(layer, _attend(layer, _parts_4(layer), normed, input_dimensions), normed)
+    x, normed = pieces.add_and_norm(x, branch, layer.drop_path, layer.layernorm_after, options)
+    return (x + feed_forward(layer, normed, options),)
+
+
+def project(layer: nn.Module, out: Tensor, x: Tensor) -> Tensor:
+    """Return the output projection of a layer in the layout of 4.x, with its dropout."""
+    output = layer.attention.output
+    return output.dropout(pieces.linear(output.dense, out)) if untouched(output) else output(out, x)
+
+
+def feed_forward(layer: nn.Module, x: Tensor, options: Options) -> Tensor:
+    """Return the feed-forward branch of a layer in the layout of 4.x, with its dropout."""
+    first, second = layer.intermediate, layer.output
+    out = None
+    if options.mlp and untouched(first, second):
+        out = pieces.mlp(x, first.dense, first.intermediate_act_fn, second.dense)
+    return second(first(x)) if out is None else second.dropout(out)
+
+
+def _attend(layer: nn.Module, parts: Parts, x: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
+    """Map (B, H*W, C) to (B, H*W, C), up to the output projection."""
+    qkv, bias = pieces.joined_linear(x, parts.linears)
     out = ops.window_attention(
         qkv.view(len(x), *input_dimensions, -1),
         parts.table,
-        window_size=_window(parts.table),
+        window_size=parts.window,
         num_heads=parts.num_heads,
         shift_size=int(layer.shift_size),
         pad_mode="bias",  # they pad before q, k and v are computed
@@ -144,107 +214,105 @@ def _window(table: Tensor) -> int:
     return (math.isqrt(len(table)) + 1) // 2
 
 
-def _needs_own_forward(
-    layer: nn.Module,
-    parts: _Parts,
-    input_dimensions: tuple[int, int],
-    always_partition: bool | None,
-    wants_weights: Any,
+def _end_shift(layer: nn.Module, input_dimensions: tuple[int, int], always_partition: bool | None) -> None:
+    """Change the layer for all later calls, as their forward does.
+
+    One call on a map no larger than the window ends the shift for good.
+    """
+    if not always_partition:
+        layer.set_shift_and_window_size(input_dimensions)
+
+
+def needs_own_forward(
+    layer: nn.Module, parts_of: Callable[[nn.Module], Parts], input_dimensions: tuple[int, int], wants_weights: Any
 ) -> bool:
     """Say whether this call must go through the layer's own forward, because the op would not compute the same.
 
     Attention weights and head masks, and torch.jit.trace; dropout of the probabilities in training; a linear of q, k
-    or v that is no longer a plain one (LoRA, quantised), hooks on what is not called any more; windows as they stand
-    only in theirs: one larger than the map, for which their forward raises unless ``always_partition``, and then pads
-    and shifts even a map of one window.
+    or v that is no longer a plain one (LoRA, quantised), hooks on what is not called any more, another attention
+    altogether; windows as they stand only in theirs: one larger than the map, for which their forward raises unless
+    ``always_partition``, and then pads and shifts even a map of one window.
     """
-    if not always_partition:
-        # It changes the layer for all later calls, and so it does in their forward: one call on a map no larger than
-        # the window ends the shift for good.
-        layer.set_shift_and_window_size(input_dimensions)
+    if wants_weights and not torch.compiler.is_compiling():
+        pieces.warn_of_weights("output_attentions or head_mask was asked for")
     if wants_weights or torch.jit.is_tracing():
+        return True
+    try:
+        parts = parts_of(layer)
+    except AttributeError:
         return True
     if layer.training and parts.dropout > 0:
         if not torch.compiler.is_compiling():
-            _warn_of_dropout(parts.dropout)
+            pieces.warn_of_dropout(f"attention_probs_dropout_prob={parts.dropout}")
         return True
-    if any(type(linear) is not nn.Linear for linear in parts.linears) or _is_watched(parts):
+    if not is_plain(*parts.linears, kinds=(nn.Linear,)) or not untouched(*parts.containers):
         return True
-    window = _window(parts.table)
+    window = parts.window
     if layer.window_size != window:
         return True
     return any(side < window or (side == window and layer.shift_size > 0) for side in input_dimensions)
 
 
-def _is_watched(parts: _Parts) -> bool:
-    """Say whether a module that is read and not called has hooks, or another forward than its class's."""
-    return any(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        for module in (*parts.linears, *parts.containers)
-    )
+def forward_merging(
+    module: nn.Module, input_feature: Tensor, input_dimensions: tuple[int, int], *, options: Options
+) -> Tensor:
+    """Stand in for SwinPatchMerging.forward: (B, H*W, C) to (B, H/2*W/2, 2C), both halves rounded up."""
+    norm, reduction = module.norm, module.reduction
+    plain = is_plain(norm, kinds=(nn.LayerNorm,)) and is_plain(reduction, kinds=(nn.Linear,))
+    if torch.jit.is_tracing() or not plain or reduction.bias is not None:
+        return type(module).forward(module, input_feature, input_dimensions)
+    x = input_feature.unflatten(1, tuple(input_dimensions))
+    return ops.patch_merging(x, norm.weight, norm.bias, reduction.weight, eps=norm.eps).flatten(1, 2)
 
 
-@cache
-def _warn_of_dropout(probability: float) -> None:
-    warnings.warn(
-        f"attention_probs_dropout_prob={probability} drops attention weights in training, which the kernels cannot: "
-        "these layers run their own forward until model.eval(); set it to 0 to train on the kernels",
-        stacklevel=2,
-    )
+def _reasons_5(layer: nn.Module) -> Iterable[str]:
+    layer.attention.o_proj, layer.mlp.fc1, layer.mlp.activation_fn, layer.mlp.fc2  # noqa: B018 - are they there?
+    yield from layer_reasons(layer, _parts_5(layer))
 
 
-FORWARDS: dict[Callable[..., Any], tuple[tuple[str, ...], Callable[[nn.Module], _Parts]]] = {
-    forward_5: (("hidden_states", "input_dimensions", "always_partition", "kwargs"), _parts_5),
-    forward_4: (("hidden_states", "input_dimensions", "output_attentions", "always_partition"), _parts_4),
-    forward_4_with_head_mask: (
-        ("hidden_states", "input_dimensions", "head_mask", "output_attentions", "always_partition"),
-        _parts_4,
-    ),
-}
-"""Each forward of ours, the arguments of the one that it stands in for, and where that one's layer keeps its parts."""
+def _reasons_4(layer: nn.Module) -> Iterable[str]:
+    yield from layer_reasons(layer, _parts_4(layer))
 
 
-def kind(module: nn.Module) -> str | None:
-    """Name the layer that ``module`` is, or a subclass of; None if this file does not know it."""
-    known = _known_class(module)
-    return None if known is None else f"transformers {known.__name__}"
-
-
-def _known_class(module: nn.Module) -> type | None:
-    return next((cls for cls in type(module).__mro__ if (cls.__module__, cls.__name__) in CLASSES), None)
-
-
-def replacement(layer: nn.Module) -> Callable[..., Any] | str:
-    """Give the forward that stands in for that of a layer with a ``kind``, or the reason why none can."""
-    theirs = inspect.unwrap(type(layer).forward)
-    if theirs is not inspect.unwrap(_known_class(layer).forward):
-        return f"{type(layer).__name__} has a forward of its own"
-    names = tuple(inspect.signature(theirs).parameters)[1:]
-    ours = next((forward for forward, (arguments, _) in FORWARDS.items() if arguments == names), None)
-    if ours is None:
-        return f"a version of transformers whose forward takes other arguments: {', '.join(names)}"
-    try:
-        parts = FORWARDS[ours][1](layer)
-    except AttributeError as error:
-        return f"a version of transformers with other parts: {error}"
-    return next(iter(_reasons(layer, parts)), ours)
-
-
-def _reasons(layer: nn.Module, parts: _Parts) -> Iterable[str]:
+def layer_reasons(layer: nn.Module, parts: Parts) -> Iterable[str]:
+    """Say why a layer with these parts must keep its own forward."""
     config = getattr(layer.attention, "config", None)
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
         yield f"it was set to the attention {attention!r}, and only 'eager' and 'sdpa' are replaced"
-    for linear in parts.linears:
-        if type(linear) is not nn.Linear:
-            yield f"q, k and v must come from plain nn.Linear, got {type(linear).__name__}"
-        elif type(linear.weight) is not nn.Parameter:
-            yield f"the weights of q, k and v must be plain parameters, got {type(linear.weight).__name__}"
-    if _is_watched(parts):
+    yield from pieces.linear_reasons("q, k and v", *parts.linears)
+    if not untouched(*parts.linears, *parts.containers):
         yield "its attention has hooks or another forward, which would no longer run"
-    if parts.table.shape != ((2 * _window(parts.table) - 1) ** 2, parts.num_heads):
+    if parts.table.shape != ((2 * parts.window - 1) ** 2, parts.num_heads):
         yield f"the windows must be square, got a bias table of shape {tuple(parts.table.shape)}"
+
+
+def merging_reasons(module: nn.Module) -> Iterable[str]:
+    """Say why a merge must keep its own forward."""
+    yield from pieces.linear_reasons("merged tokens", module.reduction)
+    if type(module.norm) is not nn.LayerNorm:
+        yield f"merged tokens must be normalised by a plain nn.LayerNorm, got {type(module.norm).__name__}"
+    if module.reduction.bias is not None:
+        yield "the reduction of merged tokens has a bias"
+
+
+_START = ("hidden_states", "input_dimensions")
+FORWARDS: dict[Callable[..., Any], StandIn] = {
+    forward_5: StandIn((*_START, "always_partition", "kwargs"), _reasons_5),
+    forward_4: StandIn((*_START, "output_attentions", "always_partition"), _reasons_4),
+    forward_4_with_head_mask: StandIn((*_START, "head_mask", "output_attentions", "always_partition"), _reasons_4),
+    forward_4_fixed: StandIn((*_START, "output_attentions"), _reasons_4),
+    forward_4_fixed_with_head_mask: StandIn((*_START, "head_mask", "output_attentions"), _reasons_4),
+    forward_merging: StandIn(("input_feature", "input_dimensions"), merging_reasons),
+}
+
+
+def kind(module: nn.Module) -> str | None:
+    """Name the layer that ``module`` is, or a subclass of; None if this file does not know it."""
+    known = pieces.known_class(module, LAYERS | MERGES)
+    return None if known is None else f"transformers {known.__name__}"
+
+
+def replacement(module: nn.Module, options: Options) -> Callable[..., Any] | str:
+    """Give the forward that stands in for that of a module with a ``kind``, or the reason why none can."""
+    return pieces.stand_in(module, LAYERS, MERGES, FORWARDS, options, "transformers")

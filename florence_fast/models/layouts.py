@@ -44,11 +44,16 @@ def to_our_layout(state: State) -> State:
     Buffers that older code saved, relative position indices and attention masks, are left out: here they are
     arithmetic.
     """
-    state = {name: value for name, value in state.items() if not _BUFFERS.search(name)}
+    state = drop_buffers(state)
     for belongs, rename in _LAYOUTS:
         if belongs(state):
             return rename(state)
     return state
+
+
+def drop_buffers(state: State) -> State:
+    """Leave out relative position indices and attention masks."""
+    return {name: value for name, value in state.items() if not _BUFFERS.search(name)}
 
 
 _UNICL_PREFIXES = {"image_encoder.": "visual.", "text_encoder.": "text.", "lang_encoder.": "text."}
@@ -60,7 +65,8 @@ _UNICL_PROJECTIONS = {
 }
 
 
-def _is_unicl(state: State) -> bool:
+def is_unicl(state: State) -> bool:
+    """Say whether these are UniCL's names, in any of their spellings."""
     return any(name in state for name in _UNICL_PROJECTIONS)
 
 
@@ -78,7 +84,8 @@ def _from_unicl(state: State) -> State:
     return renamed
 
 
-def _is_hugging_face_swin(state: State) -> bool:
+def is_hugging_face_swin(state: State) -> bool:
+    """Say whether these are the names of a Swin in transformers."""
     return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state)
 
 
@@ -131,7 +138,7 @@ def _from_new_timm_swin(state: State) -> State:
 
 
 _LAYOUTS: list[tuple[Callable[[State], bool], Callable[[State], State]]] = [
-    (_is_unicl, _from_unicl),
-    (_is_hugging_face_swin, _from_hugging_face_swin),
+    (is_unicl, _from_unicl),
+    (is_hugging_face_swin, _from_hugging_face_swin),
     (_is_new_timm_swin, _from_new_timm_swin),
 ]

@@ -147,7 +147,7 @@ class TextTower(nn.Module):
                     x = checkpoint(block, x, mask, use_reentrant=False)
                 else:
                     x = block(x, mask)
-        ends = tokens.argmax(1) + length * torch.arange(len(tokens), device=tokens.device)
+        ends = tokens.argmax(1) + length * torch.arange(tokens.shape[0], device=tokens.device)
         return self.ln_final(x.flatten(0, 1).index_select(0, ends))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -22,7 +22,7 @@ class ByLabel:
 
 
 def unsorted(x: Tensor, order: Tensor) -> Tensor:
-    """Put what is in the order of ``x[order]`` back in its place."""
-    out = torch.empty_like(x)
+    """Put what is in the order of ``x[order]`` back in its place, in contiguous memory whatever the layout of ``x``."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     out[order] = x
     return out

@@ -1,0 +1,108 @@
+"""Our models through Hugging Face's Auto classes: written, found again by model type, and the same numbers."""
+
+import builtins
+
+import pytest
+import torch
+from PIL import Image
+
+import florence_fast as ff
+from florence_fast.compat.transformers_registry import register_with_transformers, save_for_transformers
+
+TEXTS = ["a photo of a cat", "Fish &amp; chips, it's  HOT! 100", "a dog " * 40, ""]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The shipped model and where it was written for transformers."""
+    pytest.importorskip("transformers")
+    model = ff.create_model("florence_nano", pretrained="artists")
+    return model, save_for_transformers(model, tmp_path_factory.mktemp("nano"))
+
+
+@pytest.fixture
+def picture():
+    return Image.effect_noise((90, 70), 80).convert("RGB")
+
+
+def test_registering_twice_changes_nothing():
+    pytest.importorskip("transformers")
+    assert register_with_transformers() == register_with_transformers()
+    assert "FlorenceFastModel" in register_with_transformers()
+
+
+def test_the_auto_classes_find_what_was_written(saved, picture):
+    import transformers
+
+    register_with_transformers()
+    ours, directory = saved
+    model = transformers.AutoModel.from_pretrained(directory)
+    processor = transformers.AutoImageProcessor.from_pretrained(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    pixels = processor([picture, picture.rotate(90)], return_tensors="pt").pixel_values
+    tokens = tokenizer(TEXTS[:2], padding="max_length", truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        found = model(pixel_values=pixels, **tokens, return_loss=True)
+        images, texts, scale = ours(pixels, ff.get_tokenizer("florence_nano")(TEXTS[:2]))
+    assert not model.training and model.config.projection_dim == 256
+    assert torch.equal(found.image_embeds, images) and torch.equal(found.text_embeds, texts)
+    torch.testing.assert_close(found.logits_per_image, scale * images @ texts.T)
+    torch.testing.assert_close(found.loss, ff.ClipLoss()(images, texts, scale))
+    assert torch.equal(model.get_text_features(**tokens), ours.encode_text(tokens.input_ids))
+    assert len(model(pixel_values=pixels, return_dict=False)) == 1
+
+
+def test_a_new_model_from_a_configuration_draws_its_weights(saved):
+    import transformers
+
+    register_with_transformers()
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(saved[1]))
+    torch.manual_seed(0)
+    drawn = ff.create_model("florence_nano")
+    assert all(torch.equal(tensor, drawn.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pictures_and_texts_are_prepared_as_ours_are(saved, picture):
+    import transformers
+
+    register_with_transformers()
+    _, transform = ff.create_model_from_pretrained("florence_nano", "artists")
+    processor = transformers.AutoImageProcessor.from_pretrained(saved[1])
+    assert torch.equal(processor(picture).pixel_values[0], transform(picture))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved[1])
+    expected = ff.get_tokenizer("florence_nano")(TEXTS)
+    found = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
+    assert found.input_ids.shape == expected.shape == (4, 16)
+    for row, mask, ours in zip(found.input_ids, found.attention_mask, expected, strict=True):
+        length = int(mask.sum())
+        assert torch.equal(row[:length], ours[:length]) and set(row[length:].tolist()) <= {49407}
+        assert not ours[length:].any()
+    assert tokenizer.decode(found.input_ids[0], skip_special_tokens=True) == TEXTS[0]
+
+
+def test_the_file_is_also_ours(saved):
+    ours, directory = saved
+    again = ff.create_model("florence_nano", pretrained=directory / "model.safetensors")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+def test_what_cannot_be_is_refused(saved, monkeypatch):
+    register_with_transformers()
+    model = __import__("transformers").AutoModel.from_pretrained(saved[1])
+    with pytest.raises(ValueError, match="give pixel_values, input_ids or both"):
+        model()
+    with pytest.raises(ValueError, match="return_loss needs"):
+        model(input_ids=torch.tensor([[49406, 49407]]), return_loss=True)
+    with pytest.raises(TypeError, match="model must be a Florence, got CoSwin"):
+        save_for_transformers(ff.create_model("coswin_nano"), "nowhere")
+    imported = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "transformers":
+            raise ImportError(name)
+        return imported(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="pip install transformers"):
+        register_with_transformers()
