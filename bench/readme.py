@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import native_table
+from bench import dropin, native_table
 from bench.anchors import load_anchors
 from bench.budget_picture import floor, shown
 from bench.report_rows import read_devices
@@ -143,6 +143,11 @@ def cpu_native_table() -> str:
     return native_table.readme_text(native_table.read_all(RESULTS))
 
 
+def dropin_table() -> str:
+    """What ``ff.accelerate`` does to the models of other libraries."""
+    return dropin.readme_text(RESULTS)
+
+
 OPS_COLUMNS = ("the floor, clocks", "busiest unit, clocks", "stack, bytes", "measured, clocks")
 COLUMNS = ("instructions a warp", "the floor, clocks", "busiest unit of that", "stack, bytes", "measured, clocks")
 UNITS = {
@@ -162,6 +167,7 @@ TABLES = {
     "gpu": gpu_table,
     "cpu": cpu_table,
     "cpu_native": cpu_native_table,
+    "dropin": dropin_table,
 }
 
 

@@ -17,15 +17,19 @@ template <Accuracy accuracy>
 struct Function<Activation::gelu, accuracy> {
   static Vec value(Vec x) {
     // x Phi(x) is x - x Phi(-x): on both sides max(x, 0) less the tail.
-    const Vec magnitude = abs(x);
-    return max(splat(0.0f), x) - magnitude * normal_tail<accuracy>(magnitude, gauss<accuracy>(x));
+    const Vec magnitude = bounded(abs(x));
+    return max(splat(0.0f), x) - magnitude * normal_tail<accuracy>(magnitude, gauss<accuracy>(magnitude));
   }
   static Vec value(Vec x, Vec& slope) {
     constexpr float one_over_sqrt_two_pi = 0.398942280f;
-    const Vec magnitude = abs(x), density = gauss<accuracy>(x), tail = normal_tail<accuracy>(magnitude, density);
-    slope = select(x < 0.0f, tail, 1.0f - tail) + x * density * one_over_sqrt_two_pi;
+    const Vec magnitude = bounded(abs(x)), density = gauss<accuracy>(magnitude);
+    const Vec tail = normal_tail<accuracy>(magnitude, density);
+    const Vec along = magnitude * density * one_over_sqrt_two_pi;
+    slope = select(x < 0.0f, tail - along, 1.0f - tail + along);
     return max(splat(0.0f), x) - magnitude * tail;
   }
+  // Infinity times a tail of 0 is no number; a NaN stays one.
+  static Vec bounded(Vec magnitude) { return 1e4f < magnitude ? splat(1e4f) : magnitude; }
 };
 
 // The two others are x sigmoid(u(x)).

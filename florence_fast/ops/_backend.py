@@ -104,7 +104,8 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
     forced = backend_in_force()
     if forced == "auto":
         # On a CPU Triton is never taken unasked, and its reasons need not be found at every call.
-        names = BACKENDS[1:] if args[0].device.type == "cpu" else BACKENDS
+        on_cpu = bool(args) and args[0].device.type == "cpu"
+        names = BACKENDS[1:] if on_cpu else BACKENDS
         return next(name for name in names if not _reasons_against_auto(op, name, args, kwargs))
     reasons = reasons_of(forced, *args, **kwargs)
     if reasons:

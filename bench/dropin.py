@@ -1,0 +1,201 @@
+"""What one line does to the Swin of another library: ``python -m bench.dropin`` from the checkout.
+
+For each model of ``dropin_models``, before and after ``ff.accelerate`` and, unless ``--quick``, under torch.compile:
+which layers were swapped, how far the results are apart, and how long a pass of inference takes, all taking turns in
+one process. Weights are random. The exit code is 1 if a result is further from the unaccelerated one than its bound.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.cpu_rows.base import CPU
+from bench.dropin_models import CASES, Case
+from bench.machine import Clock, facts, sources
+from bench.report_tables import Sheet, milliseconds
+from bench.store import Row, Store
+from florence_fast import compat, native
+from florence_fast.files import replacing, write_text
+from florence_fast.timing import time_calls
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+WHAT_DECIDES = (
+    "csrc",
+    "florence_fast/native.py",
+    "florence_fast/ops",
+    "florence_fast/compat",
+    "bench/dropin_models.py",
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BEFORE, AFTER, COMPILED = "before", "after", "torch.compile"
+FLOAT32_BOUND, BFLOAT16_BOUND = 1e-5, 2.0
+"""Of the error relative to the norm; in bf16 of our error against float32 over that of the model as it was."""
+HEAD = ["model", "dtype", "layers swapped", "error", "bound", "ms, before", "ms, after", "times", "ms, torch.compile"]
+
+
+def parse(args: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.dropin", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=15, help="begin no model after this time (15)")
+    parser.add_argument("--turns", type=int, default=9, help="repetitions of each (9)")
+    parser.add_argument("--quick", action="store_true", help="without torch.compile, which takes a minute a model")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="models whose name holds this")
+    parser.add_argument("--rehearse", action="store_true", help="small inputs, stored in a passing folder")
+    parser.add_argument("--out", type=Path, help="folder of the results (bench/results); the picture then lies there")
+    return parser.parse_args(args)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command."""
+    options = parse(args)
+    folder = options.out or (Path(tempfile.mkdtemp(prefix="rehearsal-")) if options.rehearse else RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    level = native.level() if native.levels() else "torch"
+    found = facts(CPU) | {"level": level, "threads": torch.get_num_threads(), "sources": sources(WHAT_DECIDES)}
+    store, clock = Store(folder / f"dropin-{level}.json", found["sources"]), Clock(options.minutes)
+    for name, case in CASES.items():
+        if options.only and not any(text.lower() in name.lower() for text in options.only):
+            continue
+        for dtype in DTYPES:
+            key = f"{name}|{dtype}"
+            if clock.left() <= 0 or store.finished(key):
+                continue
+            row = {"key": key, "stage": "dropin", "model": name, "dtype": dtype} | _row(case, dtype, options) | found
+            store.put(row)
+            print(f"  {name}, {dtype}: {_outcome(row)}", flush=True)
+    rows = list(store.rows.values())
+    print(f"\n{sheet(rows).markdown()}\n\ndrawn: {draw(rows, DOCS if folder == RESULTS else folder)}")
+    if folder == RESULTS:
+        from bench import readme  # which writes this table, too
+
+        write_text(readme.README, readme.fill(readme.README.read_text(encoding="utf-8")))
+    return int(any(row["status"] == "error" or not row.get("within", True) for row in rows))
+
+
+def _row(case: Case, dtype: str, options: argparse.Namespace) -> Row:
+    """Build a model, accelerate a copy, compare and time them."""
+    torch.manual_seed(0)
+    try:
+        model, inputs = case.build(1 if options.rehearse else case.batch, case.tiny if options.rehearse else case.size)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return {"status": "missing", "reason": f"{type(error).__name__}: {error}"[:200]}
+    try:
+        return _compare(case, model.eval(), inputs, dtype, options)
+    except Exception as error:  # one model that fails must not end the others
+        return {"status": "error", "reason": f"{type(error).__name__}: {error}"[:300]}
+
+
+def _compare(case: Case, model: nn.Module, inputs: dict[str, Tensor], dtype: str, options: argparse.Namespace) -> Row:
+    exact = _infer(model, inputs, case)()
+    before = model.to(DTYPES[dtype])
+    after = copy.deepcopy(before)
+    report = compat.accelerate(after, verbose=False)
+    cast = {name: x.to(DTYPES[dtype]) if x.is_floating_point() else x for name, x in inputs.items()}
+    calls = {BEFORE: _infer(before, cast, case), AFTER: _infer(after, cast, case)}
+    results = {name: call().double() for name, call in calls.items()}
+    if dtype == "fp32":
+        error, bound = _distance(results[AFTER], results[BEFORE]), FLOAT32_BOUND
+    else:
+        usual = _distance(results[BEFORE], exact)
+        error, bound = _distance(results[AFTER], exact) / max(usual, 1e-12), BFLOAT16_BOUND
+    if not (options.quick or options.rehearse):
+        calls[COMPILED] = _infer(torch.compile(before, dynamic=False), cast, case)
+    seconds, turns = (0.0, 2) if options.rehearse else (0.5, options.turns)
+    times = time_calls({name: [call] for name, call in calls.items()}, CPU, seconds, least_turns=turns)
+    return {
+        "status": "timed",
+        "swapped": {kind: len(names) for kind, names in report.swapped.items()},
+        "skipped": report.skipped,
+        "error": error,
+        "bound": bound,
+        "within": error <= bound,
+        "times": {name: time.median for name, time in times.items()},
+        "turns": turns,
+    }
+
+
+def _infer(model: nn.Module, inputs: dict[str, Tensor], case: Case) -> Any:
+    def infer() -> Tensor:
+        with torch.inference_mode():
+            return case.read(model(**inputs))
+
+    return infer
+
+
+def _distance(x: Tensor, exact: Tensor) -> float:
+    return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def _outcome(row: Row) -> str:
+    if row["status"] != "timed":
+        return f"{row['status']}: {row['reason']}"
+    times = row["times"]
+    return f"{times[BEFORE] * 1e3:.1f} -> {times[AFTER] * 1e3:.1f} ms, error {row['error']:.2g} of {row['bound']:g}"
+
+
+def sheet(rows: list[Row]) -> Sheet:
+    """Return the table: a line for each model and dtype that could be measured."""
+    lines = []
+    for row in (row for row in rows if row["status"] == "timed"):
+        times = row["times"]
+        compiled = milliseconds(times[COMPILED]) if COMPILED in times else ""
+        error = f"{row['error']:.1e}" if row["dtype"] == "fp32" else f"{row['error']:.2f}x"
+        bound = f"{row['bound']:.0e}" if row["dtype"] == "fp32" else f"{row['bound']:g}x"
+        figures = [milliseconds(times[BEFORE]), milliseconds(times[AFTER]), f"{times[BEFORE] / times[AFTER]:.2f}x"]
+        count = str(sum(row["swapped"].values()))
+        lines.append([row["model"], row["dtype"], count, error, bound, *figures, compiled])
+    return Sheet(_machine(rows[0]) if rows else "nothing measured", HEAD, lines)
+
+
+def readme_text(folder: Path) -> str:
+    """Return what stands in the README: a table for each instruction set that was measured."""
+    parts = []
+    for path in sorted(folder.glob("dropin-*.json")):
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        parts += [f"{_machine(rows[0])}; medians of turns, `{path.name}`.", sheet(rows).markdown()]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def _machine(row: Row) -> str:
+    return f"{row['device']}, level {row['level']}, {row['threads']} threads, torch {row['torch']}"
+
+
+def draw(rows: list[Row], folder: Path) -> Path:
+    """Draw a bar for each model and dtype: how many times as fast it is after the line as before."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    timed = [row for row in rows if row["status"] == "timed"]
+    path = folder / f"dropin_{rows[0]['level'] if rows else 'none'}.png"
+    whole, axes = plt.subplots(figsize=(9, 1 + 0.28 * max(len(timed), 1)), dpi=100, layout="constrained")
+    for place, row in enumerate(timed):
+        times = row["times"]
+        ratio = times[BEFORE] / times[AFTER]
+        axes.barh(place, ratio, 0.7, color="#4c78a8" if row["dtype"] == "fp32" else "#54a24b")
+        axes.annotate(f"{ratio:.2f}", (ratio, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
+        if COMPILED in times:
+            axes.plot(times[BEFORE] / times[COMPILED], place, "d", color="#333333", markersize=4)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(timed)), [f"{row['model']}, {row['dtype']}" for row in timed], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as before; diamonds: torch.compile, once it has compiled", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        whole.savefig(beside, format="png")
+    plt.close(whole)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
