@@ -169,8 +169,13 @@ def readme_text(folder: Path) -> str:
     parts = []
     for path in sorted(folder.glob("dropin-*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        parts += [f"{_machine(rows[0])}; medians of turns, `{path.name}`.", sheet(rows).markdown()]
+        picture = f"![How many times as fast each model is](docs/{_picture(rows)})"
+        parts += [f"{_machine(rows[0])}; medians of turns, `{path.name}`.", sheet(rows).markdown(), picture]
     return "\n\n".join(parts) or "Not measured yet."
+
+
+def _picture(rows: list[Row]) -> str:
+    return f"dropin_{rows[0]['level'] if rows else 'none'}.png"
 
 
 def _machine(row: Row) -> str:
@@ -185,7 +190,7 @@ def draw(rows: list[Row], folder: Path) -> Path:
     from matplotlib import pyplot as plt
 
     timed = [row for row in rows if row["status"] == "timed"]
-    path = folder / f"dropin_{rows[0]['level'] if rows else 'none'}.png"
+    path = folder / _picture(rows)
     whole, axes = plt.subplots(figsize=(9, 1 + 0.28 * max(len(timed), 1)), dpi=100, layout="constrained")
     for place, row in enumerate(timed):
         times = row["times"]
