@@ -3,8 +3,6 @@
 // With P the probabilities and G the gradient of out: dV = P^T G, dP = G V^T, dS = P (dP - rowsum(P dP)),
 // dQ = scale dS K, dK = scale dS^T Q, and the bias gets the sum of dS over windows. A token belongs to one window, so
 // d_qkv is written once; what windows share is summed by runs of windows, whose number depends on sizes alone.
-#include <type_traits>
-
 #include "window_tiles.h"
 
 namespace ff::FF_LEVEL {
@@ -25,7 +23,7 @@ class Backward {
         d_qkv_(d_qkv), shared_(shared), channels_(geometry.heads * geometry.head_dim),
         s_(map.tokens(), geometry.head_dim), rows_(s_.n), regions_(s_.columns),
         pointers_(s_.n, 3 * channels_, extras.qkv_bias), grad_pointers_(s_.n, channels_, nullptr),
-        q_(s_.rows_size()), k_(extras.logit_scale ? s_.rows_size() : 0), q_paired_(s_.paired_size()),
+        q_(s_.rows_size()), q_paired_(s_.paired_size()),
         k_paired_(s_.paired_size()), k_transposed_(s_.transposed_size()), v_transposed_(s_.transposed_size()),
         grad_(query_block * s_.row_units), grad_paired_(query_block * s_.width), p_(query_block * s_.columns),
         ds_(query_block * s_.columns), p_paired_(pair_memory()), ds_units_(pair_memory()), ds_paired_(pair_memory()),
@@ -223,7 +221,7 @@ class Backward {
   Scratch<int64_t> rows_;
   Scratch<int32_t> regions_;
   RowPointers<T> pointers_, grad_pointers_;
-  Scratch<Unit> q_, k_, q_paired_, k_paired_, k_transposed_, v_transposed_, grad_, grad_paired_;
+  Scratch<Unit> q_, q_paired_, k_paired_, k_transposed_, v_transposed_, grad_, grad_paired_;
   Scratch<float> p_, ds_;
   Scratch<Unit> p_paired_, ds_units_, ds_paired_;
   Scratch<float> dq_, dk_, dv_, q_inverse_, k_inverse_;
@@ -295,10 +293,7 @@ void window_attention_bwd(int threads, DType dtype, WindowGeometry geometry, flo
         }
       });
     };
-    if constexpr (has_pairs && std::is_same_v<T, bf16>) {
-      if (!extras.logit_scale) return run(Pair{});  // a cosine times 100 needs float32
-    }
-    run(float{});
+    with_unit<T>(extras, run);
   });
 
   if (!length) return;

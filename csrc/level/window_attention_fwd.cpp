@@ -119,10 +119,7 @@ void window_attention_fwd(int threads, DType dtype, WindowGeometry geometry, flo
         }
       });
     };
-    if constexpr (has_pairs && __is_same(T, bf16)) {
-      if (!extras.logit_scale) return run(Pair{});  // a cosine times 100 needs float32
-    }
-    run(float{});
+    with_unit<T>(extras, run);
   });
 }
 

@@ -16,12 +16,6 @@ class WindowMap {
   int64_t tokens() const { return g_.window[0] * g_.window[1] * g_.window[2]; }
   int64_t windows() const { return g_.batch * grid_[0] * grid_[1] * grid_[2]; }
 
-  // Whether pads exist: then some rows are negative.
-  bool has_pads() const {
-    return grid_[0] * g_.window[0] != g_.size[0] || grid_[1] * g_.window[1] != g_.size[1] ||
-           grid_[2] * g_.window[2] != g_.size[2];
-  }
-
   // For each token of a window the row of the map that it is, or -1 for a pad, and its region: tokens see each other
   // when their regions are equal. Returns whether there is more than one region.
   bool locate(int64_t window, int64_t* rows, int32_t* regions) const {

@@ -3,6 +3,8 @@
 // Letters: n tokens in a window, d head dim; `columns` is n and `width` is d, each rounded up to whole vectors.
 #pragma once
 
+#include <type_traits>
+
 #include "math.h"
 #include "product.h"
 #include "scratch.h"
@@ -30,6 +32,15 @@ struct TileSizes {
   int64_t transposed_size() const { return row_units * columns; }  // units by rows of tokens
   int64_t paired_size() const { return pairs * width; }            // pairs of tokens by rows of values
 };
+
+// Call body(Unit{}) with what the products of a map of T are made of.
+template <class T, class Body>
+inline void with_unit([[maybe_unused]] const WindowExtras& extras, const Body& body) {
+  if constexpr (has_pairs && std::is_same_v<T, bf16>) {
+    if (!extras.logit_scale) return body(Pair{});  // a cosine times 100 needs float32
+  }
+  body(float{});
+}
 
 // The bias of every head, (heads, n, columns), with -inf in the columns beyond n; one head for all without a bias.
 //

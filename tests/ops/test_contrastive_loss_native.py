@@ -4,7 +4,6 @@ Letters: B pairs · R rows · N columns · D embedding dim
 """
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from florence_fast import native, ops
+from florence_fast import native
 from florence_fast.ops.contrastive_loss import (
     contrastive_loss,
     contrastive_loss_reference,
@@ -39,25 +38,6 @@ SHAPES = {
     "one-pair": (1, 5, None, None),
     "chunk-of-one": (5, 3, 2, 1),
 }
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that runs here, in force."""
-    if request.param not in native.levels():
-        pytest.skip(f"{request.param} does not run here")
-    monkeypatch.setenv("FLORENCE_FAST_CPU", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def cpp() -> Iterator[None]:
-    """Force the backend, so that no other can take its place, on one thread but where threads are the matter."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with ops.backend("cpp"):
-        yield
-    torch.set_num_threads(threads)
 
 
 def check(shape: tuple, dtype: torch.dtype) -> None:

@@ -5,7 +5,6 @@ Letters: B batch · H W map height and width · C channels · G offset groups
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from florence_fast import native, ops
+from florence_fast import native
 from florence_fast.ops import _deform_conv2d_native
 from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
 from tests.ops.test_deform_conv2d import BACKWARD, CASES, FORWARD, Case, grad_like, plainly, relative_error, run
@@ -29,25 +28,6 @@ MORE = CASES | {
     "ragged-vectors": Case((6, 5), channels=74, out_channels=4, groups=2, offset_groups=2),
     "many-places": Case((19, 23), channels=8, stride=(1, 2)),
 }
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that runs here, in force."""
-    if request.param not in native.levels():
-        pytest.skip(f"{request.param} does not run here")
-    monkeypatch.setenv("FLORENCE_FAST_CPU", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def cpp() -> Iterator[None]:
-    """Force the backend, so that no other can take its place, on one thread but where threads are the matter."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with ops.backend("cpp"):
-        yield
-    torch.set_num_threads(threads)
 
 
 def check(case: Case, dtype: torch.dtype) -> None:

@@ -1,7 +1,6 @@
 """The native kernels of l2_normalize against the library in float64, at every level that runs here."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,25 +17,6 @@ pytestmark = [
 ]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 SHAPES = {"tiny": (64, 512), "ragged": (3, 5, 37), "one-element": (7, 1), "one-row": (48,), "long": (2, 5000)}
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that runs here, in force."""
-    if request.param not in native.levels():
-        pytest.skip(f"{request.param} does not run here")
-    monkeypatch.setenv("FLORENCE_FAST_CPU", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def cpp() -> Iterator[None]:
-    """Force the backend, so that no other can take its place, on one thread but where threads are the matter."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with ops.backend("cpp"):
-        yield
-    torch.set_num_threads(threads)
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ Letters: B samples · C channels.
 """
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,25 +34,6 @@ SHAPES = {
     "many-runs": (3, 700, 20),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that runs here, in force."""
-    if request.param not in native.levels():
-        pytest.skip(f"{request.param} does not run here")
-    monkeypatch.setenv("FLORENCE_FAST_CPU", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def cpp() -> Iterator[None]:
-    """Force the backend, so that no other can take its place, on one thread but where threads are the matter."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with ops.backend("cpp"):
-        yield
-    torch.set_num_threads(threads)
 
 
 def reference(**tensors: Tensor) -> Any:

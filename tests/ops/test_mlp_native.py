@@ -6,7 +6,6 @@ Letters: C channels in · F hidden width · E channels out · R rows.
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -39,25 +38,6 @@ CASES = {
     "more-rows-than-runs": Case((3, 61), 20, "gelu_tanh"),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that runs here, in force."""
-    if request.param not in native.levels():
-        pytest.skip(f"{request.param} does not run here")
-    monkeypatch.setenv("FLORENCE_FAST_CPU", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def cpp() -> Iterator[None]:
-    """Force the backend, so that no other can take its place, on one thread but where threads are the matter."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with ops.backend("cpp"):
-        yield
-    torch.set_num_threads(threads)
 
 
 def definition(x: Tensor, activation: str) -> Tensor:

@@ -4,7 +4,6 @@ Letters: N boxes
 """
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,25 +19,6 @@ pytestmark = [
     pytest.mark.native,
     pytest.mark.skipif(native.extension() is None, reason="the native extension was not built"),
 ]
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that runs here, in force."""
-    if request.param not in native.levels():
-        pytest.skip(f"{request.param} does not run here")
-    monkeypatch.setenv("FLORENCE_FAST_CPU", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def cpp() -> Iterator[None]:
-    """Force the backend, so that no other can take its place, on one thread but where threads are the matter."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with ops.backend("cpp"):
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("number", range(len(FIXTURE)))

@@ -6,7 +6,6 @@ Letters: B batch · H W map height and width · C channels.
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,25 +28,6 @@ FLOOR = 1e-6
 
 WIDE = {"swin-tiny": (2, 8, 6, 96), "ragged-channels": (2, 5, 7, 37), "odd-both-wide": (1, 7, 3, 200)}
 shapes = pytest.mark.parametrize("shape", (SHAPES | WIDE).values(), ids=(SHAPES | WIDE).keys())
-
-
-@pytest.fixture(params=native.LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that runs here, in force."""
-    if request.param not in native.levels():
-        pytest.skip(f"{request.param} does not run here")
-    monkeypatch.setenv("FLORENCE_FAST_CPU", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def cpp() -> Iterator[None]:
-    """Force the backend, so that no other can take its place, on one thread but where threads are the matter."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with ops.backend("cpp"):
-        yield
-    torch.set_num_threads(threads)
 
 
 def check(shape: tuple[int, ...], dtype: torch.dtype, mean: float, what: object) -> None:
