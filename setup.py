@@ -7,7 +7,6 @@ FLORENCE_FAST_EMULATE_AMX=1 with a stand-in for AMX's tiles, so that their code 
 """
 
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -21,16 +20,15 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent.resolve()
 KERNELS = ["florence_fast.kernels", *(f"florence_fast.kernels.{name}" for name in find_packages("kernels"))]
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 LEVELS = {"scalar": []}
-if X86:
-    LEVELS |= {
-        "avx2": ["-march=x86-64-v3"],
-        "avx512": AVX512,
-        "avx512_bf16": [*AVX512, "-mavx512bf16"],
-        "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-    }
+LEVELS_OF_X86 = {
+    **LEVELS,
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
 """The instruction sets that ``csrc/level/`` is compiled for, and the flags of each."""
 
 EXACT = {"nms": ["-ffp-contract=off"]}
@@ -46,6 +44,7 @@ FLAGS = [
         "-Wall",
         "-Wextra",
         "-Wno-psabi",
+        "-Wno-unknown-warning-option",  # of Clang: the next is GCC's alone
         "-Wno-maybe-uninitialized",
         "-Wno-uninitialized",
     ),
@@ -62,8 +61,8 @@ class NinjaBuild(build_ext):
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(target, folder))
         try:
+            (folder / "build.ninja").write_text(ninja_file(target, folder))
             subprocess.run([*ninja(), "-C", str(folder), *([] if self.verbose else ["--quiet"])], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(f"{error}; the package works without it, on its other backends") from error
@@ -78,15 +77,23 @@ def ninja() -> list[str]:
     return [str(Path(ninja.BIN_DIR) / "ninja")]
 
 
+def compiles_for_x86(compiler: str) -> bool:
+    """Ask the compiler rather than this machine, because it may compile for another."""
+    command = [*shlex.split(compiler), "-dumpmachine"]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return shown.split("-")[0] in ("x86_64", "amd64")
+
+
 def ninja_file(target: Path, folder: Path) -> str:
     """Write out the build: the files of a level once a level, the others once, then the link."""
     import pybind11
 
     sanitize = SANITIZE if os.environ.get("FLORENCE_FAST_SANITIZE") == "1" else []
     compiler = os.environ.get("CXX", "c++")
+    x86 = compiles_for_x86(compiler)
     includes = [f"-isystem{sysconfig.get_path('include')}", f"-isystem{pybind11.get_include()}"]
     emulate = os.environ.get("FLORENCE_FAST_EMULATE_AMX") == "1"
-    defines = [*(["-DFF_X86"] if X86 else []), *(["-DFF_EMULATE_AMX"] if emulate else [])]
+    defines = [*(["-DFF_X86"] if x86 else []), *(["-DFF_EMULATE_AMX"] if emulate else [])]
     flags = shlex.join([*FLAGS, *defines, *includes, *sanitize])
     lines = [
         "rule compile",
@@ -107,7 +114,7 @@ def ninja_file(target: Path, folder: Path) -> str:
     for source in sorted([*csrc.glob("*.cpp"), *csrc.glob("host/*.cpp")]):
         compile_(source, source.stem, [])
     for source in sorted(csrc.glob("level/*.cpp")):
-        for level, level_flags in LEVELS.items():
+        for level, level_flags in (LEVELS_OF_X86 if x86 else LEVELS).items():
             if emulate and level == "amx":
                 level_flags = [flag for flag in level_flags if "amx" not in flag]
             compile_(

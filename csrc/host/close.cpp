@@ -42,8 +42,13 @@ __attribute__((target("popcnt"))) int64_t popcnt(const uint64_t* values, int64_t
   return search<BuiltIn>(values, begin, end, value, max_distance);
 }
 
-__attribute__((target("avx512f,avx512vl,avx512vpopcntdq,prefer-vector-width=512"))) int64_t vpopcnt(
-    const uint64_t* values, int64_t begin, int64_t end, uint64_t value, int max_distance) {
+// Whole vectors, which Clang asks for by another name.
+#if defined(__clang__)
+__attribute__((target("avx512f,avx512vl,avx512vpopcntdq"), min_vector_width(512)))
+#else
+__attribute__((target("avx512f,avx512vl,avx512vpopcntdq,prefer-vector-width=512")))
+#endif
+int64_t vpopcnt(const uint64_t* values, int64_t begin, int64_t end, uint64_t value, int max_distance) {
   return search<BuiltIn>(values, begin, end, value, max_distance);
 }
 #endif

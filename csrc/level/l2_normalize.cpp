@@ -12,13 +12,13 @@ void l2_normalize_fwd(int threads, DType dtype, int64_t rows, int64_t columns, c
         T* to = static_cast<T*>(out) + row * columns;
         Sums squares;
         const Row<const T, 1> pieces{{in}, columns};
-        pieces.each([&](int, int64_t i, int64_t, auto part, int k) {
-          const Vec value = part.get(in + i);
-          squares.add(k, value * value);
+        pieces.each([&](int, int64_t i, int64_t, auto part) {
+          const auto value = part.get(in + i);
+          squares.add(value * value);
         });
-        const float norm = length[row] = __builtin_sqrtf(sum(squares.total()));
+        const float norm = length[row] = __builtin_sqrtf(squares.total());
         const float factor = 1.0f / (norm < eps ? eps : norm);  // a NaN stays one
-        pieces.each([&](int, int64_t i, int64_t, auto part, int) { part.put(to + i, part.get(in + i) * factor); });
+        pieces.each([&](int, int64_t i, int64_t, auto part) { part.put(to + i, part.get(in + i) * factor); });
       }
     });
   });
@@ -35,12 +35,12 @@ void l2_normalize_bwd(int threads, DType dtype, int64_t rows, int64_t columns, c
         const float factor = 1.0f / (length[row] < eps ? eps : length[row]);
         Sums products;
         const Row<const T, 1> pieces{{in}, columns};
-        pieces.each([&](int, int64_t i, int64_t, auto part, int k) {
-          products.add(k, part.get(grad + i) * (part.get(in + i) * factor));
+        pieces.each([&](int, int64_t i, int64_t, auto part) {
+          products.add(part.get(grad + i) * (part.get(in + i) * factor));
         });
         // A row shorter than eps is divided by a constant.
-        const float along = length[row] < eps ? 0.0f : sum(products.total());
-        pieces.each([&](int, int64_t i, int64_t, auto part, int) {
+        const float along = length[row] < eps ? 0.0f : products.total();
+        pieces.each([&](int, int64_t i, int64_t, auto part) {
           part.put(to + i, (part.get(grad + i) - part.get(in + i) * factor * along) * factor);
         });
       }

@@ -35,19 +35,15 @@ void layer_norm_fwd(int threads, DType x_dtype, DType residual_dtype, int64_t ro
                     int64_t rows_of_sample, const void* x, const void* residual, const float* residual_scale,
                     const float* weight, const float* bias, float eps, void* total, void* norm, float* mean,
                     float* rstd) {
-  const RowOf weights(weight, 1.0f, columns), biases(bias, 0.0f, columns);
-  const float *w = weights.data(), *b = biases.data();
   const Factors factors{residual_scale, rows_of_sample};
-  // Normalise what lies at `in` once sum_of(row) has put it there and summed it.
-  const auto run = [&]<class S>(const S* in, const auto& sum_of) {
-    each_group<S>(threads, rows, columns, [=](int64_t row, int count) {
+  // Normalise what lies at `in` once first_pass(row) has put it there and summed it.
+  const auto run = [&]<class S>(const S* in, const auto& first_pass) {
+    const RowOf<S> weights(weight, 1.0f, 1, columns), biases(bias, 0.0f, 1, columns);
+    each_group<S>(threads, rows, columns, [=, w = weights.data(), b = biases.data()](int64_t row, int count) {
       Row<const S, 1> group[most_rows];
-      Vec sums[most_rows];
-      for (int j = 0; j < count; ++j) {
-        group[j] = row_of(in, row + j, columns);
-        sums[j] = sum_of(row + j);
-      }
-      const Moments moments = moments_of(count, group, sums, eps, mean + row, rstd + row);
+      for (int j = 0; j < count; ++j) group[j] = row_of(in, row + j, columns);
+      const auto pass = [&](int j) { return first_pass(row + j); };
+      const Moments moments = moments_of(count, group, pass, eps, mean + row, rstd + row);
       S* out = static_cast<S*>(norm) + row * columns;
       for (int j = 0; j < count; ++j) normalise(group[j], moments, j, w, b, out + j * columns);
     });
@@ -55,12 +51,12 @@ void layer_norm_fwd(int threads, DType x_dtype, DType residual_dtype, int64_t ro
   if (!residual) {
     with_type(x_dtype, [&]<class X>(X) {
       const X* in = static_cast<const X*>(x);
-      run(in, [=](int64_t row) {
-        Sums sums;
-        row_of(in, row, columns).each([&](int, int64_t, int64_t i, auto part, int k) {
-          sums.add(k, part.get(in + row * columns + i));
-        });
-        return sums.total();
+      run(in, [=](int64_t index) {
+        const auto row = row_of(in, index, columns);
+        FirstPass<X> pass(to_float(row.at[0][0]));
+        row.template each<takes_apart<X>>(
+            [&](int, int64_t, int64_t i, auto part) { pass.add(part.get(row.at[0] + i), part); });
+        return pass;
       });
     });
     return;
@@ -73,13 +69,13 @@ void layer_norm_fwd(int threads, DType x_dtype, DType residual_dtype, int64_t ro
       const R* stream = static_cast<const R*>(residual) + row * columns;
       S* out = totals + row * columns;
       const float factor = factors(row);
-      Sums sums;
-      row_of(out, 0, columns).each([&](int, int64_t, int64_t i, auto part, int k) {
+      FirstPass<S> pass(to_float(stream[0]) + to_float(branch[0]) * factor);
+      row_of(out, 0, columns).template each<takes_apart<S>>([&](int, int64_t, int64_t i, auto part) {
         part.put(out + i, part.get(stream + i) + part.get(branch + i) * factor);
         // Statistics are those of the sum as it is returned, rounded.
-        sums.add(k, part.get(out + i));
+        pass.add(part.get(out + i), part);
       });
-      return sums.total();
+      return pass;
     });
   });
 }
@@ -88,7 +84,7 @@ void layer_norm_bwd(int threads, DType x_dtype, DType residual_dtype, int64_t ro
                     int64_t rows_of_sample, const void* grad_norm, const void* grad_sum, const void* total,
                     const float* residual_scale, const float* weight, const float* mean, const float* rstd, void* d_sum,
                     void* dx, float* d_weights) {
-  const RowOf weights(weight, 1.0f, columns);
+  const RowOf<float> weights(weight, 1.0f, 1, columns);
   const float* w = weights.data();
   const Factors factors{residual_scale, rows_of_sample};
   with_types(x_dtype, residual_dtype, [&]<class X, class R>(X, R) {
@@ -105,9 +101,9 @@ void layer_norm_bwd(int threads, DType x_dtype, DType residual_dtype, int64_t ro
         factor[j] = factors(row + j);
       }
       norm_backward(count, group, grad + row * columns, mean + row, rstd + row, w, sums, d_stream || d_branch,
-                    [=, &factor](int j, int, int64_t i, auto part, Vec d) {
+                    [=, &factor](int j, int, int64_t i, auto part, auto d) {
                       const int64_t at = (row + j) * columns + i;
-                      if (more) d += part.get(more + at);
+                      if (more) d = d + part.get(more + at);
                       if (d_stream) part.put(d_stream + at, d);
                       if (d_branch) part.put(d_branch + at, d * factor[j]);
                     });

@@ -1,9 +1,11 @@
 // LayerNorm of rows that lie in one piece or in several: what layer_norm and patch_merging share.
 //
-// A row is read three times, the first time from memory and then from the first cache. A few 16-bit rows go through
-// each step one after the other, so that the sums over one and its root are awaited while others are read: up to 1.3
-// times as fast. Rows of floats, which wait for memory, go alone: in groups they took up to twice as long, and so did
-// rows of either kind that were read side by side. Letters: C channels of a row.
+// Of 16-bit rows, moments are taken about the first element while the row comes from memory: sum and sum of squares at
+// once. Its distance from the mean is at most the root of C standard deviations, so that the difference of squares loses
+// at most log2 C of float's 24 bits, where 8 or 11 are wanted. A few such rows go through each step one after the other,
+// so that the sums over one and its root are awaited while others are read: up to 1.3 times as fast. Rows of floats are
+// read once more for the squares, and go alone, since they wait for memory: in groups they took up to twice as long, and
+// so did rows of either kind that were read side by side. Letters: C channels of a row.
 #pragma once
 
 #include "scratch.h"
@@ -46,19 +48,25 @@ inline void sum_over_groups(int threads, int64_t rows, int64_t columns, float* t
   if (totals) add_partials(threads, runs, 2 * columns, partial.data(), totals);
 }
 
-// A row of parameters, or of one value where there are none.
-class RowOf {
- public:
-  RowOf(const float* given, float value, int64_t columns) : own_(given ? 0 : columns), data_(given) {
-    if (given) return;
-    for (int64_t i = 0; i < columns; ++i) own_.data()[i] = value;
-    data_ = own_.data();
-  }
-  const float* data() const { return data_; }
+// Two vectors at a time, in the order of memory, or in that of `load_two` for rows of bf16 beside which nothing else is.
+template <class T>
+inline constexpr bool takes_apart = false;
+template <>
+inline constexpr bool takes_apart<bf16> = true;
 
- private:
-  Scratch<float> own_;
-  const float* data_;
+template <bool apart>
+struct Twice {
+  template <class T>
+  TwoVec get(const T* p) const {
+    if constexpr (apart) return load_two(p);
+    return {load(p), load(p + lanes)};
+  }
+  template <class T>
+  void put(T* p, TwoVec x) const {
+    if constexpr (apart) return store_two(p, x);
+    store(p, x.first);
+    store(p + lanes, x.second);
+  }
 };
 
 // A row of C = pieces * length elements.
@@ -67,70 +75,127 @@ struct Row {
   T* at[pieces];
   int64_t length;
 
-  // Call body(piece, offset in the piece, offset in the row, part, k), k < sums: neighbours differ in it, so that a sum
-  // for each k waits for itself half as often as one for all would.
-  template <class Body>
+  // Call body(piece, offset in the piece, offset in the row, part).
+  template <bool apart = false, class Body>
   void each(const Body& body) const {
     for (int p = 0; p < pieces; ++p) {
       int64_t i = 0;
-      for (; i + 2 * lanes <= length; i += 2 * lanes) {
-        body(p, i, p * length + i, Whole{}, 0);
-        body(p, i + lanes, p * length + i + lanes, Whole{}, 1);
-      }
-      each_vector(length - i, [&](int64_t rest, auto part) { body(p, i + rest, p * length + i + rest, part, 0); });
+      for (; i + 2 * lanes <= length; i += 2 * lanes) body(p, i, p * length + i, Twice<apart>{});
+      each_vector(length - i, [&](int64_t rest, auto part) { body(p, i + rest, p * length + i + rest, part); });
     }
   }
 };
+
+// Neighbours are summed apart, so that each sum waits for itself half as often.
 struct Sums {
   Vec of[2] = {};
-  void add(int k, Vec x) { of[k] += x; }
-  Vec total() const { return of[0] + of[1]; }
+  void add(Vec x) { of[0] += x; }
+  void add(TwoVec x) {
+    of[0] += x.first;
+    of[1] += x.second;
+  }
+  float total() const { return sum(of[0] + of[1]); }
 };
 
 // The lanes beyond the last element as zeros, so that they can be summed.
+template <bool apart>
+inline TwoVec existing(TwoVec x, Twice<apart>) { return x; }
 inline Vec existing(Vec x, Whole) { return x; }
 inline Vec existing(Vec x, First part) { return select(lane_index() < part.count, x, Vec{}); }
 
-// Of each row of a group: (x - mean) * rstd - shift is the norm. The shift is what rounding took from the mean.
-struct Moments {
-  float mean[most_rows], rstd[most_rows], shift[most_rows];
+// A row of parameters, or of one value where there are none, in the order in which rows of T in pieces are read.
+template <class T>
+class RowOf {
+ public:
+  RowOf(const float* given, float value, int64_t pieces, int64_t length)
+      : own_(given && !takes_apart<T> ? 0 : pieces * length), data_(given) {
+    if (given && !takes_apart<T>) return;
+    data_ = own_.get();
+    for (int64_t i = 0; i < pieces * length; ++i) own_.data()[i] = given ? given[i] : value;
+    if (!given) return;
+    for (int64_t p = 0; p < pieces; ++p) {
+      for (int64_t i = p * length; i + 2 * lanes <= (p + 1) * length; i += 2 * lanes) {
+        for (int64_t lane = 0; lane < 2 * lanes; ++lane) {
+          own_.data()[i + lane] = given[i + (lane < lanes ? 2 * lane : 2 * (lane - lanes) + 1)];
+        }
+      }
+    }
+  }
+  const float* data() const { return data_; }
+
+ private:
+  Scratch<float> own_;
+  const float* data_;
 };
 
-// From the sums of the rows, which a first pass has taken. Also written for the backward.
-template <class T, int pieces>
-inline Moments moments_of(int count, const Row<T, pieces>* rows, const Vec* sums, float eps, float* mean, float* rstd) {
+// What the first pass over a row of T takes from it.
+template <class T>
+struct FirstPass {
+  static constexpr bool whole = sizeof(T) == 2;  // then no other pass is needed
+  float pivot;
+  Sums values = {}, squares = {};
+
+  explicit FirstPass(float first) : pivot(whole ? first : 0.0f) {}
+  template <class V, class Part>
+  void add(V x, Part part) {
+    if constexpr (whole) {
+      const V d = existing(x - pivot, part);
+      values.add(d);
+      squares.add(d * d);
+    } else {
+      values.add(x);
+    }
+  }
+};
+
+// Of each row of a group: (x - centre) * rstd - shift is the norm. The shift is what is left of the mean.
+struct Moments {
+  float centre[most_rows], rstd[most_rows], shift[most_rows];
+};
+
+// The moments of the rows of a group; written for the backward, too. first_pass(j) passes over row j.
+template <class T, int pieces, class Pass>
+inline Moments moments_of(int count, const Row<const T, pieces>* rows, const Pass& first_pass, float eps, float* mean,
+                          float* rstd) {
   const float scale = 1.0f / static_cast<float>(pieces * rows[0].length);
   Moments moments;
-  Vec off[most_rows], squares[most_rows];
-  for (int j = 0; j < count; ++j) moments.mean[j] = sum(sums[j]) * scale;
+  float rest[most_rows] = {}, squares[most_rows] = {};
   for (int j = 0; j < count; ++j) {
-    const Row<T, pieces> row = rows[j];
-    const float centre = moments.mean[j];
-    Sums first, second;
-    row.each([&](int p, int64_t i, int64_t, auto part, int k) {
-      const Vec d = existing(part.get(row.at[p] + i) - centre, part);
-      first.add(k, d);
-      second.add(k, d * d);
-    });
-    off[j] = first.total();
-    squares[j] = second.total();
+    const FirstPass<T> pass = first_pass(j);
+    moments.centre[j] = pass.pivot;
+    rest[j] = pass.values.total() * scale;
+    if constexpr (FirstPass<T>::whole) squares[j] = pass.squares.total() * scale;
+  }
+  if constexpr (!FirstPass<T>::whole) {
+    for (int j = 0; j < count; ++j) {
+      const Row<const T, pieces> row = rows[j];
+      const float centre = moments.centre[j] = rest[j];
+      Sums first, second;
+      row.each([&](int p, int64_t i, int64_t, auto part) {
+        const auto d = existing(part.get(row.at[p] + i) - centre, part);
+        first.add(d);
+        second.add(d * d);
+      });
+      rest[j] = first.total() * scale;
+      squares[j] = second.total() * scale;
+    }
   }
   for (int j = 0; j < count; ++j) {
-    const float rest = sum(off[j]) * scale, variance = sum(squares[j]) * scale - rest * rest;
+    const float variance = squares[j] - rest[j] * rest[j];
     moments.rstd[j] = rstd[j] = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + eps);
-    moments.shift[j] = rest * moments.rstd[j];
-    mean[j] = moments.mean[j] + rest;
+    moments.shift[j] = rest[j] * moments.rstd[j];
+    mean[j] = moments.centre[j] + rest[j];
   }
   return moments;
 }
 
-// Write norm * weight + bias of row j of a group.
-template <class T, class N, int pieces>
-inline void normalise(const Row<T, pieces>& row, const Moments& moments, int j, const float* weight, const float* bias,
-                      N* norm) {
-  const float mean = moments.mean[j], rstd = moments.rstd[j], shift = moments.shift[j];
-  row.each([&](int p, int64_t i, int64_t column, auto part, int) {
-    const Vec y = (part.get(row.at[p] + i) - mean) * rstd - shift;
+// Write norm * weight + bias of row j of a group; weight and bias are RowOf<T>.
+template <class T, int pieces>
+inline void normalise(const Row<const T, pieces>& row, const Moments& moments, int j, const float* weight,
+                      const float* bias, T* norm) {
+  const float centre = moments.centre[j], rstd = moments.rstd[j], shift = moments.shift[j];
+  row.template each<takes_apart<T>>([&](int p, int64_t i, int64_t column, auto part) {
+    const auto y = (part.get(row.at[p] + i) - centre) * rstd - shift;
     part.put(norm + column, y * part.get(weight + column) + part.get(bias + column));
   });
 }
@@ -144,17 +209,17 @@ inline void norm_backward(int count, const Row<T, pieces>* rows, const N* grad, 
   const int64_t columns = pieces * rows[0].length;
   const float scale = 1.0f / static_cast<float>(columns);
   // Of the weighted gradient: its mean, and its mean product with the norm.
-  Vec gradients[most_rows], products[most_rows];
+  float gradients[most_rows], products[most_rows];
   if (needs_rows) {
     for (int j = 0; j < count; ++j) {
       const Row<T, pieces> row = rows[j];
       const N* grad_row = grad + j * columns;
       const float centre = mean[j];
       Sums first, second;
-      row.each([&](int p, int64_t i, int64_t column, auto part, int k) {
-        const Vec g = part.get(grad_row + column) * part.get(weight + column);
-        first.add(k, g);
-        second.add(k, g * (part.get(row.at[p] + i) - centre));
+      row.each([&](int p, int64_t i, int64_t column, auto part) {
+        const auto g = part.get(grad_row + column) * part.get(weight + column);
+        first.add(g);
+        second.add(g * (part.get(row.at[p] + i) - centre));
       });
       gradients[j] = first.total();
       products[j] = second.total();
@@ -164,10 +229,10 @@ inline void norm_backward(int count, const Row<T, pieces>* rows, const N* grad, 
     const Row<T, pieces> row = rows[j];
     const N* grad_row = grad + j * columns;
     const float centre = mean[j], factor = rstd[j];
-    const float level = needs_rows ? sum(gradients[j]) * scale * factor : 0.0f;
-    const float along = needs_rows ? sum(products[j]) * scale * factor * factor : 0.0f;
-    row.each([&](int p, int64_t i, int64_t column, auto part, int) {
-      const Vec g = part.get(grad_row + column), norm = (part.get(row.at[p] + i) - centre) * factor;
+    const float level = needs_rows ? gradients[j] * scale * factor : 0.0f;
+    const float along = needs_rows ? products[j] * scale * factor * factor : 0.0f;
+    row.each([&](int p, int64_t i, int64_t column, auto part) {
+      const auto g = part.get(grad_row + column), norm = (part.get(row.at[p] + i) - centre) * factor;
       if (d_weights) {
         part.put(d_weights + column, part.get(d_weights + column) + g * norm);
         part.put(d_weights + columns + column, part.get(d_weights + columns + column) + g);

@@ -38,19 +38,21 @@ void patch_merging_norm_fwd(int threads, DType dtype, int64_t first, int64_t row
     Scratch<T> zeros(channels);
     std::memset(zeros.data(), 0, channels * sizeof(T));
     const Map<const T> map{static_cast<const T*>(x), height, width, channels, zeros.data()};
-    each_group<T>(threads, rows, 4 * channels, [=](int64_t row, int count) {
+    const RowOf<T> weights(weight, 1.0f, 4, channels), biases(bias, 0.0f, 4, channels);
+    each_group<T>(threads, rows, 4 * channels, [=, w = weights.data(), b = biases.data()](int64_t row, int count) {
       Row<const T, 4> group[most_rows];
-      Vec sums[most_rows];
-      for (int j = 0; j < count; ++j) {
-        const auto pieces = group[j] = map.row(first + row + j);
-        Sums of_row;
-        pieces.each([&](int p, int64_t i, int64_t, auto part, int k) { of_row.add(k, part.get(pieces.at[p] + i)); });
-        sums[j] = of_row.total();
-      }
-      const Moments moments = moments_of(count, group, sums, eps, mean + row, rstd + row);
+      for (int j = 0; j < count; ++j) group[j] = map.row(first + row + j);
+      const auto pass_over = [&](int j) {
+        const auto pieces = group[j];
+        FirstPass<T> pass(to_float(pieces.at[0][0]));
+        pieces.template each<takes_apart<T>>(
+            [&](int p, int64_t i, int64_t, auto part) { pass.add(part.get(pieces.at[p] + i), part); });
+        return pass;
+      };
+      const Moments moments = moments_of(count, group, pass_over, eps, mean + row, rstd + row);
       if (!norm) return;
       for (int j = 0; j < count; ++j) {
-        normalise(group[j], moments, j, weight, bias, static_cast<T*>(norm) + (row + j) * 4 * channels);
+        normalise(group[j], moments, j, w, b, static_cast<T*>(norm) + (row + j) * 4 * channels);
       }
     });
   });
@@ -73,7 +75,7 @@ void patch_merging_norm_bwd(int threads, DType dtype, int64_t first, int64_t row
       }
       const T* grads = static_cast<const T*>(grad) + row * 4 * channels;
       norm_backward(count, group, grads, mean + row, rstd + row, weight, sums, dx != nullptr,
-                    [&d_group](int j, int p, int64_t i, auto part, Vec d) {
+                    [&d_group](int j, int p, int64_t i, auto part, auto d) {
                       if (d_group[j].at[p]) part.put(d_group[j].at[p] + i, d);
                     });
     });

@@ -18,7 +18,7 @@ namespace ff::FF_LEVEL {
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(count ? allocate(count * static_cast<int64_t>(sizeof(T))) : nullptr) {}
+  explicit Scratch(int64_t count) : data_(count > 0 ? allocate(count * static_cast<int64_t>(sizeof(T))) : nullptr) {}
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -31,6 +31,7 @@ typedef float Vec __attribute__((vector_size(4 * lanes)));
 typedef int32_t VecInt __attribute__((vector_size(4 * lanes)));
 typedef uint32_t VecBits __attribute__((vector_size(4 * lanes)));
 typedef uint16_t VecHalf __attribute__((vector_size(2 * lanes)));
+typedef uint16_t VecShorts __attribute__((vector_size(4 * lanes)));
 
 // Elements in memory. `half` is IEEE's binary16, `bf16` the upper half of a float.
 struct bf16 { uint16_t bits; };
@@ -38,10 +39,28 @@ struct half { uint16_t bits; };
 
 inline Vec splat(float x) { return x - Vec{}; }
 inline Vec select(VecInt mask, Vec a, Vec b) { return mask ? a : b; }
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec as_float(VecBits x) { return (Vec)x; }
 inline VecBits as_bits(Vec x) { return (VecBits)x; }
+
+// `b` where either is a NaN. By intrinsics, as GCC makes a comparison and a blend of the last line.
+inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_min_ps((__mmask16)-1, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 inline VecInt lane_index() {
   VecInt index;
@@ -81,15 +100,16 @@ inline VecHalf lower_halves(VecBits bits) {
 
 inline Vec widen(VecHalf bits, bf16) { return as_float(extend(bits) << 16); }
 
-// To nearest, ties to even; a NaN stays one.
+// The upper halves are x to the nearest bf16, ties to even; a NaN stays one.
+inline VecBits rounded(Vec x) {
+  const VecBits bits = as_bits(x);
+  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
+}
 inline VecHalf narrow(Vec x, bf16) {
 #if defined(__AVX512BF16__)
   return (VecHalf)_mm512_cvtneps_pbh((__m512)x);
 #else
-  const VecBits bits = as_bits(x);
-  const VecBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const VecBits quiet = (bits >> 16) | 0x40u;
-  return lower_halves(x == x ? rounded : quiet);
+  return lower_halves(rounded(x) >> 16);
 #endif
 }
 
@@ -132,6 +152,41 @@ inline Vec load(const T* p) { return widen(*reinterpret_cast<const VecHalfAnywhe
 inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
 template <class T>
 inline void store(T* p, Vec x) { *reinterpret_cast<VecHalfAnywhere*>(p) = narrow(x, T{}); }
+
+// Two vectors that are neighbours in memory. Of bf16 the first has the elements at even places, the second those at odd
+// ones, since halves of words are taken apart and put together sooner than they are moved. What is computed beside them
+// from floats has to find these in the same order: see `store_two` of floats.
+struct TwoVec { Vec first, second; };
+
+inline TwoVec operator+(TwoVec a, TwoVec b) { return {a.first + b.first, a.second + b.second}; }
+inline TwoVec operator-(TwoVec a, TwoVec b) { return {a.first - b.first, a.second - b.second}; }
+inline TwoVec operator*(TwoVec a, TwoVec b) { return {a.first * b.first, a.second * b.second}; }
+inline TwoVec operator-(TwoVec a, float b) { return {a.first - b, a.second - b}; }
+inline TwoVec operator*(TwoVec a, float b) { return {a.first * b, a.second * b}; }
+
+typedef uint32_t VecBitsAnywhere __attribute__((vector_size(4 * lanes), aligned(1), may_alias));
+
+template <class T>
+inline TwoVec load_two(const T* p) { return {load(p), load(p + lanes)}; }
+inline TwoVec load_two(const bf16* p) {
+  const VecBits words = *reinterpret_cast<const VecBitsAnywhere*>(p);
+  return {as_float(words << 16), as_float(words & 0xffff0000u)};
+}
+template <class T>
+inline void store_two(T* p, TwoVec x) {
+  store(p, x.first);
+  store(p + lanes, x.second);
+}
+inline void store_two(bf16* p, TwoVec x) {
+#if defined(__AVX512BF16__)
+  const VecShorts apart = (VecShorts)_mm512_cvtne2ps_pbh((__m512)x.second, (__m512)x.first);
+  *reinterpret_cast<VecBitsAnywhere*>(p) =
+      (VecBits)__builtin_shufflevector(apart, apart, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9,
+                                       25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  *reinterpret_cast<VecBitsAnywhere*>(p) = rounded(x.first) >> 16 | (rounded(x.second) & 0xffff0000u);
+#endif
+}
 
 // The first `count` lanes, 0 < count < lanes; the others are read as zero and never touched.
 inline Vec load_first(const float* p, int count) {
@@ -228,7 +283,13 @@ inline float to_float(bf16 x) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-inline float to_float(half x) { return load_first(&x, 1)[0]; }
+inline float to_float(half x) {
+#if defined(__AVX2__)
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits)));
+#else
+  return load_first(&x, 1)[0];
+#endif
+}
 
 // Call body(T{}) with the element type of a dtype.
 template <class Body>

@@ -20,7 +20,8 @@ class Backward {
   Backward(const WindowGeometry& geometry, float scale, const WindowExtras& extras, const WindowMap& map,
            const ExpandedBias& bias, const T* grad_out, const T* qkv, T* d_qkv, Shared shared)
       : g_(geometry), scale_(scale), extras_(extras), map_(map), bias_(bias), grad_out_(grad_out), qkv_(qkv),
-        d_qkv_(d_qkv), shared_(shared), channels_(geometry.heads * geometry.head_dim),
+        d_qkv_(d_qkv), shared_(shared), needs_dv_(d_qkv || shared.qkv_bias),
+        needs_products_(needs_dv_ || shared.logit_scale), channels_(geometry.heads * geometry.head_dim),
         s_(map.tokens(), geometry.head_dim), rows_(s_.n), regions_(s_.columns),
         pointers_(s_.n, 3 * channels_, extras.qkv_bias), grad_pointers_(s_.n, channels_, nullptr),
         q_(s_.rows_size()), q_paired_(s_.paired_size()),
@@ -55,17 +56,18 @@ class Backward {
   static constexpr Accuracy accuracy = sizeof(T) == sizeof(float) ? Accuracy::float32 : Accuracy::bfloat16;
 
   int64_t pair_memory() const { return in_pairs ? query_block * s_.columns / 2 : 0; }
-  bool needs_products() const { return d_qkv_ || shared_.qkv_bias || shared_.logit_scale; }
 
   void load_head(int64_t head) {
     const int64_t q = head * g_.head_dim, k = channels_ + q, v = 2 * channels_ + q;
     gather(pointers_, q, s_, 0, s_.n, q_.data());
     gather_transposed(pointers_, v, s_, v_transposed_.data());
     if constexpr (in_pairs) {
-      gather_paired(pointers_, q, s_, 0, s_.n, q_paired_.data());
-      gather_paired(pointers_, k, s_, 0, s_.n, k_paired_.data());
+      if (needs_products_) {
+        gather_paired(pointers_, q, s_, 0, s_.n, q_paired_.data());
+        gather_paired(pointers_, k, s_, 0, s_.n, k_paired_.data());
+      }
     } else {
-      gather(pointers_, k, s_, 0, s_.n, k_paired_.data());
+      if (needs_products_ || extras_.logit_scale) gather(pointers_, k, s_, 0, s_.n, k_paired_.data());
       if (extras_.logit_scale) {
         normalise_rows(q_.data(), s_, q_inverse_.data());
         normalise_rows(k_paired_.data(), s_, k_inverse_.data());
@@ -83,7 +85,7 @@ class Backward {
     product(count, s_.columns, s_.depth, Left<Unit>{q_.data() + first * s_.row_units, s_.row_units, 1},
             k_transposed_.data(), s_.columns, p_.data(), s_.columns);
     gather(grad_pointers_, head * g_.head_dim, s_, first, count, grad_.data());
-    gather_paired(grad_pointers_, head * g_.head_dim, s_, first, count, grad_paired_.data());
+    if (needs_dv_) gather_paired(grad_pointers_, head * g_.head_dim, s_, first, count, grad_paired_.data());
     product(count, s_.columns, s_.depth, Left<Unit>{grad_.data(), s_.row_units, 1}, v_transposed_.data(), s_.columns,
             ds_.data(), s_.columns);
     for (int64_t i = 0; i < count; i += lanes) {
@@ -114,8 +116,16 @@ class Backward {
     }
   }
 
-  // dS of one row or of two, from P and dP at `offset`; added to the sum over windows, and turned into units.
+  // dS of one row or of two, from P and dP at `offset`; added to the sum over windows, and turned into units
+  // if a product reads them.
   template <int rows>
+  void finish_rows(int64_t offset, const float* mean, float* sum) {
+    if constexpr (in_pairs) {
+      if (needs_products_) return finish_rows<rows, true>(offset, mean, sum);
+    }
+    finish_rows<rows, false>(offset, mean, sum);
+  }
+  template <int rows, bool in_units>
   void finish_rows(int64_t offset, const float* mean, float* sum) {
     for (int64_t j = 0; j < s_.columns; j += lanes) {
       Vec p[rows], ds[rows];
@@ -124,13 +134,14 @@ class Backward {
         p[r] = load(p_.data() + at);
         ds[r] = p[r] * (load(ds_.data() + at) - mean[r]);
         if (sum) store(sum + r * s_.columns + j, load(sum + r * s_.columns + j) + ds[r]);
-        if constexpr (in_pairs) {
+        if constexpr (in_units) {
           store(reinterpret_cast<bf16*>(ds_units_.data()) + at, ds[r]);
         } else {
+          // Also where nobody reads it: a product that is used once melts into the sum above, to other bits.
           store(ds_.data() + at, ds[r]);
         }
       }
-      if constexpr (in_pairs) {
+      if constexpr (in_units) {
         store_zipped(p, p_paired_.data() + offset / 2 + j);
         store_zipped(ds, ds_paired_.data() + offset / 2 + j);
       }
@@ -148,7 +159,7 @@ class Backward {
   // dq of these queries, and what they add to dk and dv.
   template <bool accumulate>
   void through_products(int64_t first, int64_t count) {
-    if (!needs_products()) return;
+    if (!needs_products_) return;
     const Unit *p, *ds, *ds_down, *q_right;
     if constexpr (in_pairs) {
       p = p_paired_.data(), ds = ds_units_.data(), ds_down = ds_paired_.data(), q_right = q_paired_.data();
@@ -156,8 +167,10 @@ class Backward {
       p = p_.data(), ds = ds_down = ds_.data(), q_right = q_.data();
     }
     const int64_t depth = units<Unit>(count), stride = s_.columns / values_of<Unit>;
-    product<accumulate>(s_.n, s_.width, depth, Left<Unit>{p, 1, s_.columns}, grad_paired_.data(), s_.width, dv_.data(),
-                        s_.width);
+    if (needs_dv_) {
+      product<accumulate>(s_.n, s_.width, depth, Left<Unit>{p, 1, s_.columns}, grad_paired_.data(), s_.width,
+                          dv_.data(), s_.width);
+    }
     product(count, s_.width, s_.pairs, Left<Unit>{ds, stride, 1}, k_paired_.data(), s_.width,
             dq_.data() + first * s_.width, s_.width);
     product<accumulate>(s_.n, s_.width, depth, Left<Unit>{ds_down, 1, s_.columns},
@@ -165,7 +178,7 @@ class Backward {
   }
 
   void store_head(int64_t head) {
-    if (!needs_products()) return;
+    if (!needs_products_) return;
     const float scale = factor(head);
     float along = 0.0f;
     for (int64_t i = 0; i < s_.n; ++i) {
@@ -216,6 +229,7 @@ class Backward {
   const T *grad_out_, *qkv_;
   T* d_qkv_;
   const Shared shared_;
+  const bool needs_dv_, needs_products_;
   const int64_t channels_;
   const TileSizes<Unit> s_;
   Scratch<int64_t> rows_;

@@ -22,12 +22,18 @@ def mlp_fwd(
 ) -> Tensor:
     """Return the result (..., E), keeping nothing."""
     rows = x.reshape(-1, x.shape[-1])
-    out = x.new_empty(len(rows), len(weight2))
-    step = max(1, CHUNK_BYTES // (len(weight1) * x.element_size()))
-    for part, place in zip(rows.split(step), out.split(step), strict=True):
-        hidden = bias_activation_fwd(linear(part, weight1), bias1, activation, True)
-        linear_into(place, hidden, weight2, bias2)
-    return out.view(*x.shape[:-1], len(weight2))
+    step = max(1, CHUNK_BYTES // (weight1.shape[0] * x.element_size()))
+    if rows.shape[0] <= step:
+        out = linear(_hidden(rows, weight1, bias1, activation), weight2, bias2)
+    else:
+        out = x.new_empty(rows.shape[0], weight2.shape[0])
+        for part, place in zip(rows.split(step), out.split(step), strict=True):
+            linear_into(place, _hidden(part, weight1, bias1, activation), weight2, bias2)
+    return out.view(*x.shape[:-1], weight2.shape[0])
+
+
+def _hidden(rows: Tensor, weight1: Tensor, bias1: Tensor | None, activation: str) -> Tensor:
+    return bias_activation_fwd(linear(rows, weight1), bias1, activation, True)
 
 
 def bias_activation_fwd(hidden: Tensor, bias: Tensor | None, activation: str, in_place: bool) -> Tensor:

@@ -57,7 +57,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _suits_onednn(x: Tensor, y: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == y.dtype and x.numel() > 0 and y.numel() > 0 and _has_onednn(x.dtype)
+    return x.is_cpu and x.dtype == y.dtype and x.numel() > 0 and y.numel() > 0 and _has_onednn(x.dtype)
 
 
 @functools.cache

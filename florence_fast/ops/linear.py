@@ -46,7 +46,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Say whether this is a product of plain matrices on a CPU; the library computes, or refuses, everything else."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype in _product.DTYPES
         and all(type(t) in (Tensor, Parameter) for t in tensors)
         and x.numel() > 0

@@ -100,9 +100,10 @@ def _check_operand(name: str, tensor: Tensor | None, width: int | None, x: Tenso
         raise TypeError(f"{name} must be a floating-point tensor, got {got}")
     if width is not None and tuple(tensor.shape) != (width,):
         raise ValueError(f"{name} must have shape ({width},), got {tuple(tensor.shape)}")
-    wanted, got = _backend.autocast_dtype(x), _backend.autocast_dtype(tensor)
-    if wanted != got:
-        raise ValueError(f"{name} must have the dtype of x, {wanted}, got {got}")
+    if tensor.dtype != x.dtype:
+        wanted, got = _backend.autocast_dtype(x), _backend.autocast_dtype(tensor)
+        if wanted != got:
+            raise ValueError(f"{name} must have the dtype of x, {wanted}, got {got}")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
 

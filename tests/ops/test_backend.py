@@ -1,7 +1,13 @@
 """How a backend is chosen and forced, and what is said where it cannot run."""
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from florence_fast import native, ops
 from florence_fast.ops import _backend
@@ -95,3 +101,68 @@ def test_every_op_runs_its_own_example(name: str) -> None:
     entry = ops.OPS[name]
     args, kwargs = entry.example("cpu")
     torch.testing.assert_close(entry.function(*args, **kwargs), entry.reference(*args, **kwargs))
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Collect the arguments of each call of l2_normalize that torch's dispatcher sees."""
+    op = import_module("florence_fast.ops.l2_normalize")._l2_normalize
+    seen, original = [], op._op
+    monkeypatch.setattr(op, "_op", lambda *args: (seen.append(args), original(*args))[1])
+    return seen
+
+
+def test_plain_calls_without_gradients_pass_the_dispatcher_by(dispatched: list[Any]) -> None:
+    x = torch.randn(3, 8)
+    expected = torch.nn.functional.normalize(x, dim=-1)
+    torch.testing.assert_close(ops.l2_normalize(x), expected)
+    with torch.no_grad():
+        weight = torch.nn.Parameter(x)
+        out = ops.l2_normalize(weight)
+    torch.testing.assert_close(out, expected)
+    with torch.inference_mode():
+        ops.l2_normalize(weight)
+    assert not dispatched and not out.requires_grad
+
+
+def _with_a_gradient(x: torch.Tensor) -> None:
+    ops.l2_normalize(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+def _profiled(x: torch.Tensor) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ops.l2_normalize(x)
+    assert any(event.key == "florence_fast::l2_normalize" for event in profile.key_averages())
+
+
+def _fake(x: torch.Tensor) -> None:
+    with FakeTensorMode() as mode:
+        assert ops.l2_normalize(mode.from_tensor(x)).shape == x.shape
+
+
+def _traced_to_a_graph(x: torch.Tensor) -> None:
+    graph = make_fx(lambda x: ops.l2_normalize(x))(x)
+    assert any("l2_normalize" in str(node.target) for node in graph.graph.nodes)
+
+
+def _traced_by_jit(x: torch.Tensor) -> None:
+    traced = torch.jit.trace(lambda x: ops.l2_normalize(x), (x,))
+    other = torch.randn_like(x)
+    torch.testing.assert_close(traced(other), torch.nn.functional.normalize(other, dim=-1))
+
+
+class _Subclass(torch.Tensor):
+    """A tensor that has to see what is done to it."""
+
+
+def _of_a_subclass(x: torch.Tensor) -> None:
+    assert type(ops.l2_normalize(x.as_subclass(_Subclass))) is _Subclass
+
+
+@pytest.mark.parametrize(
+    "call", [_with_a_gradient, _profiled, _fake, _traced_to_a_graph, _traced_by_jit, _of_a_subclass]
+)
+def test_the_dispatcher_sees_what_concerns_it(call: Callable[[torch.Tensor], None], dispatched: list[Any]) -> None:
+    call(torch.randn(3, 8))
+    assert dispatched

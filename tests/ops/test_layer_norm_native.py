@@ -77,6 +77,17 @@ def test_a_mean_far_beyond_the_spread(dtype: torch.dtype, level: str) -> None:
     check(tensors, dtype, level)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_a_first_element_far_from_the_others(form: tuple[str, ...], dtype: torch.dtype, level: str) -> None:
+    """It is what the moments of 16-bit rows are taken about."""
+    tensors = make((2, 9, 1024), form, dtype)
+    with torch.no_grad():
+        tensors["x"][..., 1:] *= 1e-3
+        tensors["x"][..., 0] = 300
+    check(tensors, dtype, level)
+
+
 def test_float32_keeps_the_digits_that_the_row_has(level: str) -> None:
     """At a mean of 10,000 spreads the library's statistics lose; ours are of the differences from the mean."""
     x = torch.randn(64, 96) + 1e4
