@@ -18,12 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.compat import pieces
+from florence_fast.compat import merges, pieces
 from florence_fast.compat.options import Options
 from florence_fast.models import layers
-
-NOTHING_ASKED = "switched off: attention=False, norm=False and mlp=False leave nothing to do"
-NO_MERGING = "switched off by merging=False"
 
 _MLPS = {"Mlp", "MLP", "MLPBlock"}
 _NO_OPS = (nn.Dropout, nn.Identity)
@@ -165,17 +162,13 @@ def _activation(module: nn.Module) -> str | None:
     return {"GELU": "gelu", "GELUTanh": "gelu_tanh"}.get(type(module).__name__) if is_timm else None
 
 
-def merge(module: nn.Module, x: Tensor) -> Tensor | None:
-    """Map (B, H, W, C) to (B, H/2, W/2, 2C) by the norm and reduction of a PatchMerging; None if they are not plain."""
-    norm, reduction = module.norm, module.reduction
-    if type(norm) is not nn.LayerNorm or type(reduction) is not nn.Linear or not layers.is_plain(norm, reduction):
-        return None
-    channels = x.shape[-1]
-    if norm.weight is None or norm.bias is None or reduction.bias is not None:
-        return None
-    if reduction.weight.shape != (2 * channels, 4 * channels):
-        return None
-    return ops.patch_merging(x, norm.weight, norm.bias, reduction.weight, eps=norm.eps)
+def merging_reason(module: nn.Module, known: type, options: Options, library: str) -> str | None:
+    """Say why a merge of the ``known`` class must keep its own forward; None if ours can stand in for it."""
+    unasked = pieces.switched_off(options, "merging")
+    try:
+        return unasked or other_methods(module, known, "forward") or next(merges.reasons(module), None)
+    except AttributeError as error:
+        return missing_part(error, library)
 
 
 def missing_part(error: AttributeError, library: str) -> str:

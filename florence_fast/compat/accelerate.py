@@ -15,10 +15,19 @@ from typing import Any
 
 from torch import nn
 
-from florence_fast.compat import hugging_face, hugging_face_v2, microsoft_swin, monai, timm, torchvision
+from florence_fast.compat import (
+    hugging_face,
+    hugging_face_v2,
+    microsoft_merging,
+    microsoft_swin,
+    monai,
+    timm,
+    timm_v2_cr,
+    torchvision,
+)
 from florence_fast.compat.options import Options
 
-LIBRARIES = (hugging_face, hugging_face_v2, timm, torchvision, monai, microsoft_swin)
+LIBRARIES = (hugging_face, hugging_face_v2, timm, timm_v2_cr, torchvision, monai, microsoft_swin, microsoft_merging)
 """Modules with LOOKS_FOR, FORWARDS, ``kind(module)`` and ``replacement(module, options)``."""
 
 _SIGNS = {"relative_position_bias_table", "relative_position_index", "relative_coords_table"}
@@ -65,18 +74,19 @@ def accelerate(
     """Let the layers of ``model`` that we know compute on `florence_fast.ops`, in place.
 
     Known are the layers and the patch merges of Hugging Face's Swin (also in Donut, MaskFormer and CLAP), Swin V2 and
-    Swin2SR. Outputs and gradients are the same to rounding. `restore` takes it back. Calls that the ops cannot serve go
-    through the module's own forward: ``output_attentions=True``, dropout of attention weights in training, q, k, v that
-    LoRA has replaced since.
+    Swin2SR, of timm's Swin, Swin-S3, Swin V2 and its other Swin V2 (``swinv2_cr_*``), of torchvision's Swin, Swin V2
+    and Video Swin, of MONAI's Swin, and of what is laid out as Microsoft's. Outputs and gradients are the same to
+    rounding. `restore` takes it back. Calls that the ops cannot serve go through the module's own forward:
+    ``output_attentions=True``, dropout of attention weights in training, q, k, v that LoRA has replaced since.
 
     Args:
         model: any module; a layer itself as well. Best before torch.compile, which would compile again, and before
             fully_shard, which leaves no plain weights to look at.
-        attention: compute window attention and the products around it. Where a library's layer is one forward, as
-            Hugging Face's, False leaves it alone with its norms and feed-forward branch.
-        merging: compute the merges between stages.
+        attention: compute window attention and the products around it. False calls the model's own attention, with
+            whatever it was set to, replaced by or hooked with. MONAI's own computes the norm before it as well.
+        merging: compute the merges between stages, with the norms in them.
         mlp: compute the feed-forward branches; False calls the model's own.
-        norm: compute the norms, with the residual sums before them; False calls the model's own.
+        norm: compute the norms of layers, with the residual sums before them; False calls the model's own.
         verbose: print the report.
 
     Returns:

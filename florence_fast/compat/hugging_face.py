@@ -6,6 +6,7 @@ CLAP's audio tower; `hugging_face_v2` has those of Swin V2. transformers itself 
 the module and name of their class, by the arguments of their forward and by their parts.
 
 Whatever the ops do not compute goes through the module's own forward, call by call; `needs_own_forward` lists it.
+Switched off, the attention is the module's own, called on windows that we cut.
 
 B batch · H W map height and width · C channels · h heads
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.compat import pieces
+from florence_fast.compat import _own_attention, merges, pieces
 from florence_fast.compat.options import Options
 from florence_fast.compat.pieces import StandIn
 from florence_fast.models.layers import is_plain
@@ -85,7 +86,7 @@ def forward_5(
     config = getattr(layer.attention, "config", None)
     wants_weights = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
     _end_shift(layer, input_dimensions, always_partition)
-    if needs_own_forward(layer, _parts_5, input_dimensions, wants_weights):
+    if needs_own_forward(layer, _parts_5, input_dimensions, wants_weights, options):
         return type(layer).forward(layer, hidden_states, input_dimensions, always_partition, **kwargs)
     # Their class checkpoints its forward and not its call, so that this forward has to do it as well.
     compute = partial(_compute_5, layer, options=options)
@@ -100,8 +101,11 @@ def forward_5(
 
 def _compute_5(layer: nn.Module, x: Tensor, input_dimensions: tuple[int, int], options: Options) -> Tensor:
     normed = pieces.norm(layer.layernorm_before, x, options)
-    out = _attend(layer, _parts_5(layer), normed, input_dimensions)
-    branch = layer.dropout(pieces.linear(layer.attention.o_proj, out))
+    if options.attention:
+        out = _attend(layer, _parts_5(layer), normed, input_dimensions)
+        branch = layer.dropout(pieces.linear(layer.attention.o_proj, out))
+    else:
+        branch = own_attention(layer, normed, input_dimensions, layer.dropout)
     x, normed = pieces.add_and_norm(x, branch, layer.drop_path, layer.layernorm_after, options)
     mlp = layer.mlp
     out = None
@@ -122,7 +126,7 @@ def forward_4_with_head_mask(
 ) -> tuple[Tensor, ...]:
     """Stand in for the forward of transformers 4.x, which can switch heads off."""
     _end_shift(layer, input_dimensions, always_partition)
-    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions or head_mask is not None):
+    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions or head_mask is not None, options):
         args = (hidden_states, input_dimensions, head_mask, output_attentions, always_partition)
         return type(layer).forward(layer, *args)
     return _compute_4(layer, hidden_states, input_dimensions, options)
@@ -139,7 +143,7 @@ def forward_4(
 ) -> tuple[Tensor, ...]:
     """Stand in for the forward of the copies in Donut and CLAP of transformers 5.x."""
     _end_shift(layer, input_dimensions, always_partition)
-    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions):
+    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions, options):
         return type(layer).forward(layer, hidden_states, input_dimensions, output_attentions, always_partition)
     return _compute_4(layer, hidden_states, input_dimensions, options)
 
@@ -153,7 +157,7 @@ def forward_4_fixed(
     options: Options,
 ) -> tuple[Tensor, ...]:
     """Stand in for the forward of MaskFormer's copy of transformers 5.x, whose window and shift never change."""
-    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions):
+    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions, options):
         return type(layer).forward(layer, hidden_states, input_dimensions, output_attentions)
     return _compute_4(layer, hidden_states, input_dimensions, options)
 
@@ -168,14 +172,17 @@ def forward_4_fixed_with_head_mask(
     options: Options,
 ) -> tuple[Tensor, ...]:
     """Stand in for the forward of MaskFormer's copy of transformers 4.x."""
-    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions or head_mask is not None):
+    if needs_own_forward(layer, _parts_4, input_dimensions, output_attentions or head_mask is not None, options):
         return type(layer).forward(layer, hidden_states, input_dimensions, head_mask, output_attentions)
     return _compute_4(layer, hidden_states, input_dimensions, options)
 
 
 def _compute_4(layer: nn.Module, x: Tensor, input_dimensions: tuple[int, int], options: Options) -> tuple[Tensor]:
     normed = pieces.norm(layer.layernorm_before, x, options)
-    branch = project(layer, _attend(layer, _parts_4(layer), normed, input_dimensions), normed)
+    if options.attention:
+        branch = project(layer, _attend(layer, _parts_4(layer), normed, input_dimensions), normed)
+    else:
+        branch = own_attention(layer, normed, input_dimensions)
     x, normed = pieces.add_and_norm(x, branch, layer.drop_path, layer.layernorm_after, options)
     return (x + feed_forward(layer, normed, options),)
 
@@ -210,6 +217,21 @@ def _attend(layer: nn.Module, parts: Parts, x: Tensor, input_dimensions: tuple[i
     return out.flatten(1, 2)
 
 
+def own_attention(
+    layer: nn.Module, x: Tensor, input_dimensions: tuple[int, int], dropout: nn.Module | None = None
+) -> Tensor:
+    """Map (B, H*W, C) to the same by the layer's own attention, and by a dropout that sees windows as well."""
+    x = x.unflatten(1, tuple(input_dimensions))
+    window, shift = int(layer.window_size), int(layer.shift_size)
+    mask = _own_attention.shift_mask(x, window, shift)
+
+    def attend(windows: Tensor) -> Tensor:
+        out = layer.attention(windows, mask)[0]
+        return out if dropout is None else dropout(out)
+
+    return _own_attention.through_windows(x, window, shift, attend).flatten(1, 2)
+
+
 def _window(table: Tensor) -> int:
     return (math.isqrt(len(table)) + 1) // 2
 
@@ -224,9 +246,13 @@ def _end_shift(layer: nn.Module, input_dimensions: tuple[int, int], always_parti
 
 
 def needs_own_forward(
-    layer: nn.Module, parts_of: Callable[[nn.Module], Parts], input_dimensions: tuple[int, int], wants_weights: Any
+    layer: nn.Module,
+    parts_of: Callable[[nn.Module], Parts],
+    input_dimensions: tuple[int, int],
+    wants_weights: Any,
+    options: Options,
 ) -> bool:
-    """Say whether this call must go through the layer's own forward, because the op would not compute the same.
+    """Say whether this call must go through the layer's own forward, because ours would not compute the same.
 
     Attention weights and head masks, and torch.jit.trace; dropout of the probabilities in training; a linear of q, k
     or v that is no longer a plain one (LoRA, quantised), hooks on what is not called any more, another attention
@@ -237,6 +263,8 @@ def needs_own_forward(
         pieces.warn_of_weights("output_attentions or head_mask was asked for")
     if wants_weights or torch.jit.is_tracing():
         return True
+    if not options.attention:
+        return False
     try:
         parts = parts_of(layer)
     except AttributeError:
@@ -257,21 +285,23 @@ def forward_merging(
     module: nn.Module, input_feature: Tensor, input_dimensions: tuple[int, int], *, options: Options
 ) -> Tensor:
     """Stand in for SwinPatchMerging.forward: (B, H*W, C) to (B, H/2*W/2, 2C), both halves rounded up."""
-    norm, reduction = module.norm, module.reduction
-    plain = is_plain(norm, kinds=(nn.LayerNorm,)) and is_plain(reduction, kinds=(nn.Linear,))
-    if torch.jit.is_tracing() or not plain or reduction.bias is not None:
-        return type(module).forward(module, input_feature, input_dimensions)
-    x = input_feature.unflatten(1, tuple(input_dimensions))
-    return ops.patch_merging(x, norm.weight, norm.bias, reduction.weight, eps=norm.eps).flatten(1, 2)
+    merged = None
+    if not torch.jit.is_tracing():
+        merged = merges.norm_then_reduce(module, input_feature.unflatten(1, tuple(input_dimensions)))
+    own = type(module).forward
+    return own(module, input_feature, input_dimensions) if merged is None else merged.flatten(1, 2)
 
 
-def _reasons_5(layer: nn.Module) -> Iterable[str]:
+def _reasons_5(layer: nn.Module, options: Options) -> Iterable[str]:
     layer.attention.o_proj, layer.mlp.fc1, layer.mlp.activation_fn, layer.mlp.fc2  # noqa: B018 - are they there?
-    yield from layer_reasons(layer, _parts_5(layer))
+    if options.attention:
+        yield from layer_reasons(layer, _parts_5(layer))
 
 
-def _reasons_4(layer: nn.Module) -> Iterable[str]:
-    yield from layer_reasons(layer, _parts_4(layer))
+def _reasons_4(layer: nn.Module, options: Options) -> Iterable[str]:
+    layer.intermediate.dense, layer.intermediate.intermediate_act_fn, layer.output.dense  # noqa: B018 - the same
+    if options.attention:
+        yield from layer_reasons(layer, _parts_4(layer))
 
 
 def layer_reasons(layer: nn.Module, parts: Parts) -> Iterable[str]:
@@ -287,13 +317,9 @@ def layer_reasons(layer: nn.Module, parts: Parts) -> Iterable[str]:
         yield f"the windows must be square, got a bias table of shape {tuple(parts.table.shape)}"
 
 
-def merging_reasons(module: nn.Module) -> Iterable[str]:
+def merging_reasons(module: nn.Module, options: Options) -> Iterable[str]:
     """Say why a merge must keep its own forward."""
-    yield from pieces.linear_reasons("merged tokens", module.reduction)
-    if type(module.norm) is not nn.LayerNorm:
-        yield f"merged tokens must be normalised by a plain nn.LayerNorm, got {type(module.norm).__name__}"
-    if module.reduction.bias is not None:
-        yield "the reduction of merged tokens has a bias"
+    yield from merges.reasons(module)
 
 
 _START = ("hidden_states", "input_dimensions")

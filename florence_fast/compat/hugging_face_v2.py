@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.compat import hugging_face, pieces
+from florence_fast.compat import hugging_face, merges, pieces
 from florence_fast.compat.hugging_face import Parts
 from florence_fast.compat.options import Options
 from florence_fast.compat.pieces import StandIn
-from florence_fast.models.layers import is_plain
 
 LAYERS = {
     ("transformers.models.swinv2.modeling_swinv2", "Swinv2Layer"),
@@ -50,7 +49,7 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, ...]:
     """Stand in for Swinv2Layer.forward of transformers 5.x: (B, H*W, C) to the same."""
-    if hugging_face.needs_own_forward(layer, _parts, input_dimensions, output_attentions):
+    if hugging_face.needs_own_forward(layer, _parts, input_dimensions, output_attentions, options):
         return type(layer).forward(layer, hidden_states, input_dimensions, output_attentions)
     return _compute(layer, hidden_states, input_dimensions, options)
 
@@ -66,13 +65,16 @@ def forward_with_head_mask(
 ) -> tuple[Tensor, ...]:
     """Stand in for the forward of transformers 4.x, which can switch heads off."""
     wanted = output_attentions or head_mask is not None
-    if hugging_face.needs_own_forward(layer, _parts, input_dimensions, wanted):
+    if hugging_face.needs_own_forward(layer, _parts, input_dimensions, wanted, options):
         return type(layer).forward(layer, hidden_states, input_dimensions, head_mask, output_attentions)
     return _compute(layer, hidden_states, input_dimensions, options)
 
 
 def _compute(layer: nn.Module, x: Tensor, input_dimensions: tuple[int, int], options: Options) -> tuple[Tensor]:
-    out = hugging_face.project(layer, _attend(layer, x, input_dimensions), x)
+    if options.attention:
+        out = hugging_face.project(layer, _attend(layer, x, input_dimensions), x)
+    else:
+        out = hugging_face.own_attention(layer, x, input_dimensions)
     x = x + layer.drop_path(pieces.norm(layer.layernorm_before, out, options))
     out = pieces.norm(layer.layernorm_after, hugging_face.feed_forward(layer, x, options), options)
     return (x + layer.drop_path(out),)
@@ -101,16 +103,17 @@ def forward_merging(
     module: nn.Module, input_feature: Tensor, input_dimensions: tuple[int, int], *, options: Options
 ) -> Tensor:
     """Stand in for Swinv2PatchMerging.forward, which normalises after the product: (B, H*W, C) to (B, H/2*W/2, 2C)."""
-    norm, reduction = module.norm, module.reduction
-    plain = is_plain(norm, kinds=(nn.LayerNorm,)) and is_plain(reduction, kinds=(nn.Linear,))
-    if torch.jit.is_tracing() or not plain:
-        return type(module).forward(module, input_feature, input_dimensions)
-    rows = pieces.neighbours(input_feature.unflatten(1, tuple(input_dimensions))).flatten(1, 2)
-    out = ops.linear(rows, reduction.weight, reduction.bias)
-    return ops.layer_norm(out, norm.weight, norm.bias, eps=norm.eps)
+    merged = None
+    if not torch.jit.is_tracing():
+        merged = merges.reduce_then_norm(module, input_feature.unflatten(1, tuple(input_dimensions)))
+    own = type(module).forward
+    return own(module, input_feature, input_dimensions) if merged is None else merged.flatten(1, 2)
 
 
-def _layer_reasons(layer: nn.Module) -> Iterable[str]:
+def _layer_reasons(layer: nn.Module, options: Options) -> Iterable[str]:
+    layer.intermediate.dense, layer.intermediate.intermediate_act_fn, layer.output.dense  # noqa: B018 - are they there?
+    if not options.attention:
+        return
     parts = _parts(layer)
     yield from pieces.linear_reasons("q, k and v", *parts.linears)
     if not hugging_face.untouched(*parts.linears, *parts.containers):

@@ -2,28 +2,36 @@
 
 MONAI itself is not imported: layers are known by module and name of their class. Windows shrink to a small map, with a
 bias of their own (`_swin_block.shrunken`). The mask that MONAI's stage computes for its blocks is not read: the op
-knows it. Only the blocks are swapped, so that ``use_flash_attention`` has no effect on them; PatchMerging of MONAI
-takes other neighbours together (``merging``), or eight of them (``mergingv2``), for which there is no op.
+knows it. ``use_flash_attention`` has no effect on blocks that are swapped. Where the attention is their own, so is the
+norm before it: one method of theirs computes both.
+
+The merges of MONAI lay the eight tokens of a cell in 3-D side by side in orders that differ from one to the other and
+from release to release; the older one used to take two tokens twice and two not at all. Weights are trained for one of
+these, so a merge's own forward is asked which it is.
 
 B batch · D H W map depth, height and width · C channels · h heads
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from florence_fast.compat import _swin_block as swin
-from florence_fast.compat import pieces
+from florence_fast.compat import merges, pieces
 from florence_fast.compat.options import Options
 
 _NETS = "monai.networks.nets.swin_unetr"
 BLOCKS = {(_NETS, "SwinTransformerBlock")}
-LOOKS_FOR = "MONAI's SwinTransformerBlock"
+MERGINGS = {(_NETS, "PatchMerging"), (_NETS, "PatchMergingV2")}
+LOOKS_FOR = "MONAI's SwinTransformerBlock, PatchMerging, PatchMergingV2"
 
 
 def block_forward(block: nn.Module, x: Tensor, mask_matrix: Tensor | None, *, options: Options) -> Tensor:
@@ -35,7 +43,15 @@ def block_forward(block: nn.Module, x: Tensor, mask_matrix: Tensor | None, *, op
     return again(_second_part, block, x, branch, options)
 
 
-FORWARDS = {block_forward}
+def merging_forward(merging: nn.Module, x: Tensor, *, corners: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Stand in for PatchMerging.forward and PatchMergingV2.forward: (B, [D,] H, W, C) to ([D/2,] H/2, W/2, 2C)."""
+    merged = None
+    if not swin.is_traced(x) and x.ndim == len(corners[0]) + 2:
+        merged = merges.norm_then_reduce(merging, x, corners)
+    return type(merging).forward(merging, x) if merged is None else merged
+
+
+FORWARDS = {block_forward, merging_forward}
 
 
 def _call(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -72,26 +88,47 @@ def _needs_own_attention(block: nn.Module, x: Tensor, mask_matrix: Tensor | None
 
 def kind(module: nn.Module) -> str | None:
     """Name the layer that ``module`` is, or a subclass of; None if this file does not know it."""
-    known = pieces.known_class(module, BLOCKS)
+    known = pieces.known_class(module, BLOCKS | MERGINGS)
     return None if known is None else f"MONAI {known.__name__}"
 
 
 def replacement(module: nn.Module, options: Options) -> Callable[..., Any] | str:
     """Give the forward that stands in for that of a layer with a ``kind``, or the reason why none can."""
-    known = pieces.known_class(module, BLOCKS)
-    if not (options.attention or options.mlp or options.norm):
-        return swin.NOTHING_ASKED
-    changed = swin.other_methods(module, known, "forward", "forward_part1", "forward_part2")
+    known = pieces.known_class(module, BLOCKS | MERGINGS)
+    if (known.__module__, known.__name__) in MERGINGS:
+        return swin.merging_reason(module, known, options, "MONAI") or _merging_replacement(module)
+    replaced = ("forward", "forward_part2", *(("forward_part1",) if options.attention else ()))
+    changed = swin.other_methods(module, known, *replaced)
     try:
-        reason = changed or _attention_reason(module)
+        reason = pieces.switched_off(options, *pieces.LAYER_PARTS) or changed or _reason(module, options)
     except AttributeError as error:
         reason = swin.missing_part(error, "MONAI")
     return partial(block_forward, options=options) if reason is None else reason
 
 
-def _attention_reason(block: nn.Module) -> str | None:
-    attn = block.attn
+def _merging_replacement(merging: nn.Module) -> Callable[..., Any] | str:
+    """Ask a merge which token of a cell its forward puts where, by a cell of numbered tokens of one channel."""
+    axes = 3 if merging.reduction.in_features == 8 * merging.dim else 2
+    twin = copy.copy(merging)
+    twin.__dict__["_modules"] = {"norm": nn.Identity(), "reduction": nn.Identity()}
+    cell = torch.arange(2.0**axes, device="cpu").view(1, *[2] * axes, 1)
+    try:
+        merged = type(merging).forward(twin, cell)
+        places = merged.flatten().int().tolist()
+        wrong = None if merged.shape == (1,) * (axes + 1) + (2**axes,) else f"it gave {tuple(merged.shape)}"
+    except Exception as error:  # whatever another version makes of it
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong is not None:
+        return f"a version of MONAI whose merge could not be asked for its order: {wrong}"
+    corners = tuple(itertools.product((0, 1), repeat=axes))
+    return partial(merging_forward, corners=tuple(corners[place] for place in places))
+
+
+def _reason(block: nn.Module, options: Options) -> str | None:
     _ = (block.use_checkpoint, block.norm1, block.norm2, block.drop_path, block.mlp)
+    if not options.attention:
+        return None
+    attn = block.attn
     _ = (attn.qkv, attn.proj, attn.proj_drop, attn.relative_position_index)
     known = pieces.known_class(attn, {(_NETS, "WindowAttention")})
     if known is None:

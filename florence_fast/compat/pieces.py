@@ -24,6 +24,8 @@ from florence_fast.models.layers import is_plain
 
 Classes = Set[tuple[str, str]]
 """Module and name of each."""
+LAYER_PARTS = ("attention", "mlp", "norm")
+"""The options that a layer of attention, norms and feed-forward in one forward looks at."""
 
 
 class StandIn(NamedTuple):
@@ -31,8 +33,15 @@ class StandIn(NamedTuple):
 
     arguments: tuple[str, ...]
     """Of the forward that it stands in for."""
-    reasons: Callable[[nn.Module], Iterable[str]]
+    reasons: Callable[[nn.Module, Options], Iterable[str]]
     """Why it cannot be put into a layer that takes these arguments; AttributeError if the layer has other parts."""
+
+
+def switched_off(options: Options, *parts: str) -> str | None:
+    """Say that none of these parts of a module was asked for; None if one was."""
+    if any(getattr(options, part) for part in parts):
+        return None
+    return f"left as it is by {', '.join(f'{part}=False' for part in parts)}"
 
 
 def known_class(module: nn.Module, classes: Classes) -> type | None:
@@ -48,14 +57,12 @@ def stand_in(
     options: Options,
     library: str,
 ) -> Callable[..., Any] | str:
-    """Choose the forward for a module of one of these classes, or of one made from it, or say why none can serve.
-
-    A layer is attention, norms and feed-forward in one forward, so that it is swapped, or not, as a whole.
-    """
+    """Choose the forward for a module of one of these classes, or of one made from it, or say why none can serve."""
     known = known_class(module, layers | merges)
-    switch = "merging" if (known.__module__, known.__name__) in merges else "attention"
-    if not getattr(options, switch):
-        return f"left as it is by {switch}=False"
+    is_merge = (known.__module__, known.__name__) in merges
+    unasked = switched_off(options, *(("merging",) if is_merge else LAYER_PARTS))
+    if unasked is not None:
+        return unasked
     theirs = inspect.unwrap(type(module).forward)
     if theirs is not inspect.unwrap(known.forward):
         return f"{type(module).__name__} has a forward of its own"
@@ -64,7 +71,7 @@ def stand_in(
     if ours is None:
         return f"a version of {library} whose forward takes other arguments: {', '.join(names)}"
     try:
-        reason = next(iter(forwards[ours].reasons(module)), None)
+        reason = next(iter(forwards[ours].reasons(module, options)), None)
     except AttributeError as error:
         return f"a version of {library} with other parts: {error}"
     return partial(ours, options=options) if reason is None else reason
@@ -87,7 +94,9 @@ def linear_reasons(what: str, *linears: nn.Module) -> Iterable[str]:
         if type(linear) is not nn.Linear:
             yield f"{what} must come from plain nn.Linear, got {type(linear).__name__}"
         elif type(linear.weight) is not nn.Parameter:
-            yield f"the weights of {what} must be plain parameters, got {type(linear.weight).__name__}"
+            got = type(linear.weight).__name__
+            hint = ": accelerate the model before fully_shard" if got == "DTensor" else ""
+            yield f"the weights of {what} must be plain parameters, got {got}{hint}"
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -174,14 +183,6 @@ def _activation(module: nn.Module) -> str | None:
         return "gelu" if act is F.gelu else None
     # what else transformers writes out in Python is left to it: it rounds at other places
     return _ACTIVATIONS.get(name) if act is None or isinstance(act, partial) else None
-
-
-def neighbours(x: Tensor) -> Tensor:
-    """Lay the four tokens that a merge takes together side by side: (B, H, W, C) to (B, H/2, W/2, 4C), rounded up."""
-    height, width = x.shape[1:3]
-    if height % 2 or width % 2:
-        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-    return x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
 
 
 @cache

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from florence_fast.compat import _swin_block as swin
-from florence_fast.compat import pieces
+from florence_fast.compat import merges, pieces
 from florence_fast.compat.options import Options
 from florence_fast.models.layers import is_plain
 
@@ -53,11 +53,17 @@ def block_v2_forward(block: nn.Module, x: Tensor, *, options: Options) -> Tensor
 
 def merging_forward(merging: nn.Module, x: Tensor) -> Tensor:
     """Stand in for PatchMerging.forward of V1: (B, H, W, C) to (B, H/2, W/2, C')."""
-    merged = None if swin.is_traced(x) else swin.merge(merging, x)
+    merged = None if swin.is_traced(x) else merges.norm_then_reduce(merging, x)
     return type(merging).forward(merging, x) if merged is None else merged
 
 
-FORWARDS = {block_forward, block_v2_forward, merging_forward}
+def merging_v2_forward(merging: nn.Module, x: Tensor) -> Tensor:
+    """Stand in for PatchMerging.forward of V2, which norms what it has reduced: (B, H, W, C) to (B, H/2, W/2, C')."""
+    merged = None if swin.is_traced(x) else merges.reduce_then_norm(merging, x)
+    return type(merging).forward(merging, x) if merged is None else merged
+
+
+FORWARDS = {block_forward, block_v2_forward, merging_forward, merging_v2_forward}
 
 
 def _attention(block: nn.Module, x: Tensor, options: Options) -> Tensor:
@@ -102,12 +108,11 @@ def replacement(module: nn.Module, options: Options) -> Callable[..., Any] | str
     """Give the forward that stands in for that of a layer with a ``kind``, or the reason why none can."""
     known = pieces.known_class(module, BLOCKS | MERGINGS)
     if (known.__module__, known.__name__) in MERGINGS:
-        return _merging_replacement(module, known, options)
-    if not (options.attention or options.mlp or options.norm):
-        return swin.NOTHING_ASKED
-    changed = swin.other_methods(module, known, "forward", "_attn")
+        forward = merging_v2_forward if known.__module__ == _V2 else merging_forward
+        return swin.merging_reason(module, known, options, "timm") or forward
+    changed = swin.other_methods(module, known, "forward", *(("_attn",) if options.attention else ()))
     try:
-        reason = changed or _attention_reason(module)
+        reason = pieces.switched_off(options, *pieces.LAYER_PARTS) or changed or _reason(module, options)
     except AttributeError as error:
         reason = swin.missing_part(error, "timm")
     if reason is not None:
@@ -115,29 +120,16 @@ def replacement(module: nn.Module, options: Options) -> Callable[..., Any] | str
     return partial(block_v2_forward if known.__module__ == _V2 else block_forward, options=options)
 
 
-def _merging_replacement(module: nn.Module, known: type, options: Options) -> Callable[..., Any] | str:
-    if not options.merging:
-        return swin.NO_MERGING
-    if known.__module__ == _V2:
-        return "V2 reduces before it normalises, for which there is no op"
-    return swin.other_methods(module, known, "forward") or merging_forward
-
-
-def _attention_reason(block: nn.Module) -> str | None:
+def _reason(block: nn.Module, options: Options) -> str | None:
+    # AttributeError for what an older version keeps elsewhere
+    _ = (block.drop_path1, block.drop_path2, block.norm1, block.norm2, block.mlp)
+    if not options.attention:
+        return None
     attn = block.attn
     known = pieces.known_class(attn, _ATTENTIONS)
     if known is None:
         return f"its attention is a {type(attn).__name__}"
-    # AttributeError for what an older version keeps elsewhere
-    _ = (
-        block.drop_path1,
-        block.drop_path2,
-        block.norm1,
-        block.norm2,
-        block.mlp,
-        block.input_resolution,
-        attn.proj_drop,
-    )
+    _ = (block.input_resolution, attn.proj_drop)
     if not isinstance(block.window_size, tuple) or not isinstance(block.shift_size, tuple):
         return "a version of timm that keeps the sizes of windows in another form"
     if getattr(attn, "qkv_bias_separate", False):

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from florence_fast import ops
 from florence_fast.compat import _swin_block as swin
-from florence_fast.compat import pieces
+from florence_fast.compat import merges, pieces
 from florence_fast.compat.options import Options
 from florence_fast.models.layers import is_plain
 
 _2D, _3D = "torchvision.models.swin_transformer", "torchvision.models.video.swin_transformer"
 BLOCKS = {(_2D, "SwinTransformerBlock"), (_2D, "SwinTransformerBlockV2")}
 ATTENTIONS = {(_2D, "ShiftedWindowAttention"), (_2D, "ShiftedWindowAttentionV2"), (_3D, "ShiftedWindowAttention3d")}
-MERGINGS = {(_2D, "PatchMerging")}
+MERGINGS = {(_2D, "PatchMerging"), (_2D, "PatchMergingV2")}
 LOOKS_FOR = "torchvision's ShiftedWindowAttention, ShiftedWindowAttention3d, SwinTransformerBlock, PatchMerging"
 
 
@@ -82,7 +82,13 @@ def attention_3d_forward(attn: nn.Module, x: Tensor) -> Tensor:
 
 def merging_forward(merging: nn.Module, x: Tensor) -> Tensor:
     """Stand in for PatchMerging.forward: (B, [T,] H, W, C) to (B, [T,] H/2, W/2, 2C)."""
-    merged = None if swin.is_traced(x) or x.ndim not in (4, 5) else swin.merge(merging, x)
+    merged = None if swin.is_traced(x) or x.ndim not in (4, 5) else merges.norm_then_reduce(merging, x)
+    return type(merging).forward(merging, x) if merged is None else merged
+
+
+def merging_v2_forward(merging: nn.Module, x: Tensor) -> Tensor:
+    """Stand in for PatchMergingV2.forward, which norms what it has reduced: (..., H, W, C) to (..., H/2, W/2, 2C)."""
+    merged = None if swin.is_traced(x) else merges.reduce_then_norm(merging, x)
     return type(merging).forward(merging, x) if merged is None else merged
 
 
@@ -91,7 +97,8 @@ _ATTENTION_FORWARDS = {
     "ShiftedWindowAttentionV2": attention_v2_forward,
     "ShiftedWindowAttention3d": attention_3d_forward,
 }
-FORWARDS = {block_forward, block_v2_forward, merging_forward, *_ATTENTION_FORWARDS.values()}
+_MERGING_FORWARDS = {"PatchMerging": merging_forward, "PatchMergingV2": merging_v2_forward}
+FORWARDS = {block_forward, block_v2_forward, *_MERGING_FORWARDS.values(), *_ATTENTION_FORWARDS.values()}
 
 
 def _shift(attn: nn.Module, x: Tensor) -> list[int]:
@@ -120,25 +127,25 @@ def kind(module: nn.Module) -> str | None:
 def replacement(module: nn.Module, options: Options) -> Callable[..., Any] | str:
     """Give the forward that stands in for that of a layer with a ``kind``, or the reason why none can."""
     known = pieces.known_class(module, BLOCKS | ATTENTIONS | MERGINGS)
+    if (known.__module__, known.__name__) in MERGINGS:
+        return swin.merging_reason(module, known, options, "torchvision") or _MERGING_FORWARDS[known.__name__]
     changed = swin.other_methods(module, known, "forward")
     if changed is not None:
         return changed
     try:
         if (known.__module__, known.__name__) in ATTENTIONS:
             return _attention_reason(module, options) or _ATTENTION_FORWARDS[known.__name__]
-        if (known.__module__, known.__name__) in MERGINGS:
-            return merging_forward if options.merging else swin.NO_MERGING
         _ = (module.attn, module.norm1, module.norm2, module.mlp, module.stochastic_depth.p)
     except AttributeError as error:
         return swin.missing_part(error, "torchvision")
-    if not (options.mlp or options.norm):
-        return "switched off: norm=False and mlp=False leave the attention alone"
-    return partial(block_v2_forward if known.__name__.endswith("V2") else block_forward, options=options)
+    forward = partial(block_v2_forward if known.__name__.endswith("V2") else block_forward, options=options)
+    return pieces.switched_off(options, "mlp", "norm") or forward
 
 
 def _attention_reason(attn: nn.Module, options: Options) -> str | None:
-    if not options.attention:
-        return "switched off by attention=False"
+    unasked = pieces.switched_off(options, "attention")
+    if unasked is not None:
+        return unasked
     _ = (attn.attention_dropout, attn.dropout, attn.shift_size, attn.relative_position_index)
     for linear in (attn.qkv, attn.proj):
         if not is_plain(linear, kinds=(nn.Linear,)):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -44,6 +45,53 @@ def test_same_output_and_gradients(axes, training, calls):
     image = torch.randn(1, 1, *SIZES[axes])
     assert_equal_to_rounding(run(ours, image), run(theirs, image))
     assert calls.count("window_attention") == calls.count("mlp") == 6
+    assert calls.count("patch_merging") == (4 if axes == 2 else 0)
+    assert calls.count("layer_norm") == (12 if axes == 2 else 16), "two a block, and that of a merge of eight tokens"
+
+
+def merge_without_two_corners(self, x):
+    """As the older merge of MONAI 0.9 to 1.1: two of the eight tokens twice, two of them not at all."""
+    assert x.ndim == 5 and not any(side % 2 for side in x.shape[1:4])
+    corners = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
+    return self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in corners], -1)))
+
+
+MERGES = [(kind, size) for kind in ("merging", "mergingv2") for size in ((9, 14), (8, 6), (5, 8, 7), (4, 6, 8))]
+
+
+@pytest.mark.parametrize(("kind", "size"), MERGES, ids=[f"{kind}-{'x'.join(map(str, s))}" for kind, s in MERGES])
+def test_a_merge_alone(kind, size, calls):
+    ours, theirs = (build(len(size), downsample=kind).layers1[0].downsample for _ in range(2))
+    name = {"merging": "PatchMerging", "mergingv2": "PatchMergingV2"}[kind]
+    assert accelerate(ours, verbose=False).swapped == {f"MONAI {name}": [""]}
+    x = torch.randn(2, *size, 12)
+    assert error(ours(x), theirs(x)) <= 1e-5
+    assert calls == ["patch_merging" if len(size) == 2 else "layer_norm"]
+    assert_equal_to_rounding(*(run(merge.double(), x.double()) for merge in (ours, theirs)), 1e-10)
+
+
+def test_the_order_of_a_merge_is_that_of_its_own_forward(monkeypatch, calls):
+    from monai.networks.nets.swin_unetr import PatchMerging
+
+    of_all_eight = build(3, downsample="mergingv2").layers1[0].downsample
+    x = torch.randn(1, 4, 6, 8, 12)
+    monkeypatch.setattr(PatchMerging, "forward", merge_without_two_corners)
+    ours, theirs = (build(3, downsample="merging").layers1[0].downsample for _ in range(2))
+    accelerate(ours, verbose=False)
+    assert_equal_to_rounding(run(ours, x), run(theirs, x))
+    assert calls == ["layer_norm"] and error(ours(x), of_all_eight(x)) > 1e-2
+
+
+def test_a_merge_that_cannot_be_asked_for_its_order_is_left_alone(monkeypatch):
+    from monai.networks.nets.swin_unetr import PatchMergingV2
+
+    merge = build(3, downsample="mergingv2").layers1[0].downsample
+    monkeypatch.setattr(PatchMergingV2, "forward", lambda self, x: self.reduction(self.norm(x)))
+    with pytest.raises(ValueError, match="could not be asked for its order: it gave"):
+        accelerate(merge)
+    monkeypatch.setattr(PatchMergingV2, "forward", lambda self, x, size: x)
+    with pytest.raises(ValueError, match="could not be asked for its order: TypeError"):
+        accelerate(merge)
 
 
 @pytest.mark.parametrize("size", [(12, 28, 6), (8, 8, 20), (4, 4, 4)], ids=["shrinks", "mixed", "all-shrink"])
@@ -111,14 +159,32 @@ def test_attention_dropout_and_a_missing_mask_run_their_attention(calls):
     assert error(mine(x, None), other(x, None)) <= 1e-5 and "window_attention" not in calls
 
 
-@pytest.mark.parametrize("part", ["attention", "mlp", "norm"])
-def test_parts_are_switched_off(part, calls):
-    ours, theirs = build(2), build(2)
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("part", ["attention", "merging", "mlp", "norm"])
+def test_parts_are_switched_off(axes, part, calls):
+    ours, theirs = build(axes), build(axes)
     accelerate(ours, verbose=False, **{part: False})
+    image = torch.randn(1, 1, *SIZES[axes])
+    with torch.no_grad():
+        assert error(ours(image)[-1], theirs(image)[-1]) <= 1e-5
+    merge = "patch_merging" if axes == 2 else "layer_norm"
+    counts = Counter({"window_attention": 6, "mlp": 6, "layer_norm": 12}) + Counter({merge: 4})
+    switched_off = {"attention": "window_attention", "merging": merge, "mlp": "mlp", "norm": "layer_norm"}[part]
+    counts -= Counter({switched_off: {"merging": 4, "norm": 12}.get(part, 6)})
+    if part == "attention":
+        counts -= Counter({"layer_norm": 6})  # their method for it begins with the norm
+    assert Counter(calls) == counts
+
+
+def test_an_attention_that_is_switched_off_may_be_anything(calls):
+    ours, theirs = build(2), build(2)
+    for model in (ours, theirs):
+        model.layers1[0].blocks[1].attn.register_forward_hook(lambda module, args, out: 2 * out)
+    assert accelerate(copy.deepcopy(ours), verbose=False).skipped
+    assert not accelerate(ours, attention=False, verbose=False).skipped
     image = torch.randn(1, 1, *SIZE_2D)
     assert error(ours(image)[-1], theirs(image)[-1]) <= 1e-5
-    names = {"attention": "window_attention", "mlp": "mlp", "norm": "layer_norm"}
-    assert set(calls) == set(names.values()) - {names[part]}
+    assert "window_attention" not in calls and calls.count("mlp") == 6
 
 
 def test_compiles_into_one_graph():
@@ -141,6 +207,6 @@ def test_copies_files_and_the_way_back(copied, calls):
             parameter.zero_()
     assert torch.equal(twin(image)[-1], expected) and "window_attention" in calls
     assert list(twin.state_dict()) == list(theirs.state_dict())
-    assert len(restore(twin)) == 6
+    assert len(restore(twin)) == 10
     calls.clear()
     assert torch.equal(twin(image)[-1], theirs(image)[-1]) and not calls

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -44,6 +45,20 @@ def test_same_output_and_gradients(kind, size, training, calls):
     assert_equal_to_rounding(run(ours, image), run(theirs, image))
     assert calls.count("window_attention") == calls.count("mlp") == 4
     assert calls.count("patch_merging") == (kind == KINDS[0])
+    assert calls.count("layer_norm") == (8 if kind == KINDS[0] else 9), "two a block, and that of a merge of V2"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(9, 14), (8, 6)], ids=["odd", "even"])
+def test_a_merge_alone(kind, size, calls):
+    if OLD and size[0] % 2:
+        pytest.skip("timm takes odd maps from 1.0 on")
+    ours, theirs = (build(kind).layers[1].downsample for _ in range(2))
+    name = type(ours).__name__
+    assert accelerate(ours, verbose=False).swapped == {f"timm {name}": [""]}
+    x = torch.randn(2, *size, 24)
+    assert_equal_to_rounding(run(ours, x), run(theirs, x))
+    assert calls == ["patch_merging" if kind == KINDS[0] else "layer_norm"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,14 +134,18 @@ def test_swin_s3_is_of_the_same_blocks(calls):
     assert calls.count("window_attention") == 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("part", ["attention", "merging", "mlp", "norm"])
-def test_parts_are_switched_off(part, calls):
-    ours, theirs = build(), build()
+def test_parts_are_switched_off(kind, part, calls):
+    ours, theirs = build(kind), build(kind)
     accelerate(ours, verbose=False, **{part: False})
     image = torch.randn(2, 3, *EXACT)
     assert error(ours(image), theirs(image)) <= 1e-5
-    names = {"attention": "window_attention", "merging": "patch_merging", "mlp": "mlp", "norm": "layer_norm"}
-    assert set(calls) == set(names.values()) - {names[part]}
+    merge = "patch_merging" if kind == KINDS[0] else "layer_norm"
+    counts = Counter(window_attention=4, mlp=4, layer_norm=8) + Counter([merge])
+    switched_off = {"attention": "window_attention", "merging": merge, "mlp": "mlp", "norm": "layer_norm"}[part]
+    counts -= Counter({switched_off: {"merging": 1, "norm": 8}.get(part, 4)})
+    assert Counter(calls) == counts
 
 
 def test_attention_dropout_runs_their_attention_and_our_mlp(calls):
@@ -159,6 +178,22 @@ def test_hooks_and_adapters_put_in_later_are_obeyed(calls):
         second.mlp.fc1.__class__ = Twice
     assert error(ours(image), theirs(image)) <= 1e-5
     assert calls.count("window_attention") == 3 and calls.count("mlp") == 3
+
+
+def test_an_attention_that_is_switched_off_may_be_anything(calls):
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    ours, theirs = build(), build()
+    for model in (ours, theirs):
+        first, second = model.layers[0].blocks
+        first.attn.register_forward_hook(lambda module, args, out: 2 * out)
+        second.attn.qkv.__class__ = Twice
+    assert not accelerate(ours, attention=False, verbose=False).skipped
+    image = torch.randn(1, 3, *EXACT)
+    assert error(ours(image), theirs(image)) <= 1e-5
+    assert "window_attention" not in calls and calls.count("mlp") == 4
 
 
 def test_gradient_checkpointing_changes_nothing(calls):
@@ -210,6 +245,18 @@ def test_the_report_names_every_layer_or_why_not():
     assert report.swapped["timm PatchMerging"] == ["layers.1.downsample"]
     assert all("hooks or another forward" in reason for reason in report.skipped.values())
     assert len(report.skipped) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_that_is_not_as_it_should_be_is_left_alone(kind):
+    merge = build(kind).layers[1].downsample
+    hook = merge.reduction.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="its norm or its reduction has hooks or another forward"):
+        accelerate(merge)
+    hook.remove()
+    merge.norm = nn.Identity()
+    with pytest.raises(ValueError, match=r"must be normalised by a plain nn\.LayerNorm, got Identity"):
+        accelerate(merge)
 
 
 def test_a_subclass_with_other_attention_is_left_alone():
