@@ -6,6 +6,7 @@
 #   make native      the C++ kernels, built again where csrc/ has changed
 #   make sanitize    the tests of the C++ kernels under AddressSanitizer and UBSan
 #   make amx         the same tests, on any processor with AVX-512 and bf16, of the code for AMX's tiles
+#   make compat      the tests of accelerate with the oldest and newest releases of other libraries
 #   make budget      every kernel compiled for A100 and H100/H200, without either, and held to its limits
 #   make gpu         everything that waits for a GPU; installs nothing: PYTHON must have PyTorch and Triton
 #   make bench       what a processor can show: losses, towers, gradient cache, start; the report drawn
@@ -21,7 +22,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo demo-long test test-all lint native sanitize amx budget bench bench-cpu gpu report clean
+.PHONY: demo demo-long test test-all lint native sanitize amx compat budget bench bench-cpu gpu report clean
 
 demo: native
 	$(BIN)/florence-fast demo --resume --out runs/demo
@@ -47,6 +48,10 @@ sanitize amx: .venv/ready
 	$(VARIANT) $(BIN)/python setup.py --quiet build_ext --inplace --build-temp build/$@
 	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(BIN)/python -m pytest --quiet -m "native and not slow"; status=$$?; rm -f florence_fast/_C*.so; exit $$status
+
+# Their packages stay in build/compat, from one run to the next.
+compat: native
+	$(BIN)/python -m bench.releases
 
 budget: .venv/ready
 	$(BIN)/python -m bench.budget --full --check --require-both --json bench/results/budget.json --picture docs

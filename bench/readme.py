@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import dropin, native_table
+from bench import dropin, native_table, releases
 from bench.anchors import load_anchors
 from bench.budget_picture import floor, shown
 from bench.report_rows import read_devices
@@ -148,6 +148,11 @@ def dropin_table() -> str:
     return dropin.readme_text(RESULTS)
 
 
+def compat_table() -> str:
+    """Which releases of other libraries were tested."""
+    return releases.readme_text(RESULTS)
+
+
 OPS_COLUMNS = ("the floor, clocks", "busiest unit, clocks", "stack, bytes", "measured, clocks")
 COLUMNS = ("instructions a warp", "the floor, clocks", "busiest unit of that", "stack, bytes", "measured, clocks")
 UNITS = {
@@ -168,6 +173,7 @@ TABLES = {
     "cpu": cpu_table,
     "cpu_native": cpu_native_table,
     "dropin": dropin_table,
+    "compat": compat_table,
 }
 
 

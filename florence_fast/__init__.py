@@ -5,10 +5,11 @@ costs nothing and needs neither torch nor triton until something asks for them.
 """
 
 import importlib
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from florence_fast.on_import import after_import
 from florence_fast.version import __version__
 
 # An installed package holds its kernels inside this folder, a plain checkout beside it: there the checkout's
@@ -67,6 +68,15 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if "timm" in sys.modules:
-    # Whoever has timm at hand finds our towers there; imported later than this package, it takes the call.
-    __getattr__("register_with_timm")()
+def _call(home: str, name: str) -> None:
+    getattr(importlib.import_module(f"{__name__}.{home}"), name)()
+
+
+# Whoever imports one of these, before this package or after it, finds our models there.
+for _library, _name in {
+    "timm": "timm_registry.register_with_timm",
+    "transformers.models.auto.configuration_auto": "transformers_registry.register_config",
+    "transformers.models.auto.image_processing_auto": "transformers_registry.register_image_processor",
+    "transformers.models.auto.tokenization_auto": "transformers_registry.register_tokenizer",
+}.items():
+    after_import(_library, partial(_call, *f"compat.{_name}".rsplit(".", 1)))

@@ -1,14 +1,16 @@
 """Models as files that run without this package: ONNX, torch.export's and AOTInductor's, each checked against eager.
 
 Everything is traced inside ``ops.backend("reference")``: the graph holds PyTorch's own operations alone. Batches of
-every size fit, unless told otherwise. Other image sizes fit a torch-export file where windows cut the maps as they do
-at the size that was traced; its guards refuse the rest. The other two formats have no guards and would be wrong
-without a word, so that they are exported once for each size.
+every size fit, unless told otherwise, and with ``dynamic_size`` images of every size from 4 pixels on: windows, pads,
+shifts and masks are then computed from the image's size by the graph itself, and nothing in it was decided by the size
+at which it was traced. A torch-export file holds guards as well, which refuse maps that end as a single token.
+AOTInductor compiles it too, at many times the length of one size: minutes for two blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import tempfile
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 
 from florence_fast import ops
@@ -26,6 +29,8 @@ from florence_fast.models import Florence, ImageTower
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
 PARTS = ("image", "text", "both")
+_AXES = {2: "height", 3: "width"}
+"""Of images."""
 
 Arrays = tuple[Tensor, ...]
 
@@ -88,12 +93,12 @@ class _Plan:
     vocab_size: int
     device: torch.device
 
-    def draw(self, batch: int) -> Arrays:
-        """Random inputs: standard normal pictures, and texts of every length."""
+    def draw(self, batch: int, image_size: tuple[int, int] | None = None) -> Arrays:
+        """Random inputs: standard normal pictures, (H, W) if not of the plan's size, and texts of every length."""
         drawn = []
         for name, size in self.sizes.items():
             if name == "image":
-                drawn.append(torch.randn(batch, *size, device=self.device))
+                drawn.append(torch.randn(batch, size[0], *(image_size or size[1:]), device=self.device))
             else:
                 drawn.append(torch.randint(1, self.vocab_size, (batch, *size), device=self.device))
         return tuple(drawn)
@@ -120,7 +125,8 @@ def export(
             or ``"both"`` (image, text -> both and the factor of the cosines), the default. A tower has ``"image"``.
         image_size: side of the pictures, the model's by default.
         dynamic: take batches of every size.
-        dynamic_size: take other image sizes too, ``"torch-export"`` only; see the head of this module.
+        dynamic_size: take images of other sizes too, square or not; such a graph is larger and takes longer to write.
+            ``"aoti"`` needs minutes even for two blocks.
         batch_size: the size of every batch when not ``dynamic``.
 
     Returns:
@@ -138,19 +144,19 @@ def export(
     plan = _plan(model, part, image_size)
     with _evaluating(model), torch.no_grad():
         shapes = _free_axes(plan, dynamic, dynamic_size)
-        program = _trace(plan, shapes, 2 if dynamic else batch_size)
+        program = _trace(plan, shapes, 2 if dynamic else batch_size, dynamic_size)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             beside = Path(folder) / path.name
             _WRITERS[format](program, beside, plan, shapes)
-            errors, checked = _compare(beside, format, plan, (2, 5) if dynamic else (batch_size,))
+            errors, checked = _compare(beside, format, plan, (2, 5) if dynamic else (batch_size,), dynamic_size)
             # weights beyond 2 GB lie in a second file beside an ONNX graph
             for file in sorted(Path(folder).iterdir()):
                 os.replace(file, path.parent / file.name)
     batch = "batch" if dynamic else batch_size
     inputs = {name: (batch, *size) for name, size in plan.sizes.items()}
     if dynamic_size:
-        inputs["image"] = (batch, plan.sizes["image"][0], "height", "width")
+        inputs["image"] = (batch, plan.sizes["image"][0], *_AXES.values())
     return Exported(path, format, inputs, plan.outputs, errors, checked)
 
 
@@ -163,14 +169,11 @@ def _check(model: nn.Module, path: Path, format: str, part: str | None, dynamic:
         raise ValueError(f"model must be a Florence or an image tower, got {type(model).__name__}")
     if isinstance(model, ImageTower) and part not in (None, "image"):
         raise ValueError(f"an image tower has no part {part!r}")
+    if dynamic_size and (not dynamic or part == "text"):
+        raise ValueError(f"dynamic_size needs dynamic and pictures, got dynamic={dynamic} and part {part!r}")
     if path.suffix != FORMATS[format]:
         raise ValueError(f"a file of format {format!r} ends in {FORMATS[format]}, got {path.name!r}")
     part = part or ("both" if isinstance(model, Florence) else "image")
-    if dynamic_size and (format != "torch-export" or not dynamic or part == "text"):
-        raise ValueError(
-            f"dynamic_size needs format 'torch-export', dynamic and pictures, got {format!r}, dynamic={dynamic} and "
-            f"part {part!r}: the other formats have no guards and would be wrong at some sizes; export each size"
-        )
     if format == "onnx":
         require("onnxscript", "export")
     return part
@@ -212,14 +215,25 @@ def _free_axes(plan: _Plan, dynamic: bool, dynamic_size: bool) -> tuple[dict[int
     for name in plan.sizes:
         axes: dict[int, Any] = {0: torch.export.Dim(f"{name}s", min=1)}
         if dynamic_size and name == "image":
-            axes |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+            axes |= dict.fromkeys(_AXES, torch.export.Dim.DYNAMIC)
         shapes.append(axes)
     return tuple(shapes)
 
 
-def _trace(plan: _Plan, shapes: Any, batch: int) -> torch.export.ExportedProgram:
-    with ops.backend("reference"):
-        program = torch.export.export(plan.module.eval(), plan.draw(batch), dynamic_shapes=shapes)
+def _image_sizes(plan: _Plan) -> tuple[tuple[int, int], ...]:
+    """Sizes (H, W) at which a file for all of them is compared: the plan's, a larger and a smaller one, not square."""
+    side = plan.sizes["image"][1]
+    return (side, side), (side + 5, 2 * side - 3), (max(side // 2 - 1, 4), side + 2)
+
+
+def _trace(plan: _Plan, shapes: Any, batch: int, dynamic_size: bool) -> torch.export.ExportedProgram:
+    side = plan.sizes["image"][1] if dynamic_size else 0
+    # not square, since sides of one size might be taken for the same side
+    drawn = plan.draw(batch, (side + 12, side + 28) if dynamic_size else None)
+    # otherwise PyTorch would guard against maps of one token at each step, hundreds of times
+    oblivious = fx_config.patch(backed_size_oblivious=dynamic_size)
+    with ops.backend("reference"), oblivious:
+        program = torch.export.export(plan.module.eval(), drawn, dynamic_shapes=shapes)
     ours = sorted({str(node.target) for node in program.graph.nodes if "florence_fast" in str(node.target)})
     assert not ours, f"the graph of an exported model must hold no op of ours, found {ours}"
     return program
@@ -231,7 +245,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, plan: _Plan, 
     level = registration.level
     registration.setLevel(logging.ERROR)
     try:
-        names = {"input_names": list(plan.sizes), "output_names": list(plan.outputs), "dynamic_shapes": shapes}
+        named = shapes and tuple({axis: _AXES.get(axis, dim) for axis, dim in axes.items()} for axes in shapes)
+        names = {"input_names": list(plan.sizes), "output_names": list(plan.outputs), "dynamic_shapes": named}
         found = torch.onnx.export(program, (), dynamo=True, verbose=False, **names)
     finally:
         registration.setLevel(level)
@@ -267,7 +282,9 @@ def _load(path: Path, format: str) -> Callable[..., Any]:
     return run
 
 
-def _compare(path: Path, format: str, plan: _Plan, batches: tuple[int, ...]) -> tuple[dict[str, float], str]:
+def _compare(
+    path: Path, format: str, plan: _Plan, batches: tuple[int, ...], dynamic_size: bool
+) -> tuple[dict[str, float], str]:
     """Run the file beside the model, with the kernels that the model uses, on pictures and texts of its own.
 
     Raises:
@@ -277,18 +294,24 @@ def _compare(path: Path, format: str, plan: _Plan, batches: tuple[int, ...]) -> 
         load = _load(path, format)
     except ImportError as error:
         return {}, f"not checked: {error}"
+    checked = f"batches of {' and '.join(map(str, batches))}"
+    sizes: tuple[tuple[int, int] | None, ...] = (None,)
+    if dynamic_size:
+        sizes = _image_sizes(plan)
+        checked += ", images of " + ", ".join(f"{height}x{width}" for height, width in sizes)
     errors = dict.fromkeys(plan.outputs, 0.0)
-    for batch in batches:
-        inputs = plan.draw(batch)
+    for batch, size in itertools.product(batches, sizes):
+        inputs = plan.draw(batch, size)
         expected, found = (_tuple(function(*inputs)) for function in (plan.module, load))
         for name, ours, theirs in zip(plan.outputs, expected, found, strict=True):
             difference = (theirs.to(ours.device).double() - ours.double()).abs().max()
             error = float(difference / ours.double().abs().max().clamp_min(1e-30))
             limit = TOLERANCE.get(ours.dtype, _LOW_PRECISION_TOLERANCE)
             if not error <= limit:
-                raise ParityError(f"{format} gives {name} with an error of {error:.1e} at batch {batch}, over {limit}")
+                shapes = " and ".join(str(tuple(x.shape)) for x in inputs)
+                raise ParityError(f"{format} gives {name} with an error of {error:.1e} for {shapes}, over {limit}")
             errors[name] = max(errors[name], error)
-    return errors, f"batches of {' and '.join(map(str, batches))}"
+    return errors, checked
 
 
 def _tuple(out: Any) -> Arrays:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.fx.experimental._config as fx_config
 
 from florence_fast import export as exporting
+from florence_fast import ops
 from florence_fast.cli import main
 from florence_fast.export import ParityError, export
 from florence_fast.models import CoSwin, Florence, Swin
@@ -62,16 +64,57 @@ def test_one_part_and_a_static_batch(florence, tmp_path):
         run(texts(4, 12, 3))
 
 
-@pytest.mark.slow  # the guards of two free axes take a minute to work out
-def test_other_image_sizes_are_right_or_refused(tmp_path):
-    model = CoSwin(COSWIN).eval()
-    export(model, tmp_path / "any.pt2", format="torch-export", image_size=64, dynamic_size=True)
+# maps that windows of 4 divide and not, flat ones, and ones that are smaller than a window in one stage or in both
+IMAGE_SIZES = [(72, 100), (32, 32), (33, 31), (40, 56), (64, 20), (4, 64), (16, 16)]
+ONE_TOKEN = [(8, 8), (4, 4), (5, 7)]
+
+
+def right_at_every_size(run, model, sizes):
+    for size in sizes:
+        image = torch.randn(3, 3, *size)
+        with torch.no_grad():
+            close([run(image)], [model(image)])
+
+
+class Attention(torch.nn.Module):
+    """Shifted windows of 4, with pads that nobody sees."""
+
+    def forward(self, qkv, table):
+        return ops.window_attention(qkv, table, window_size=4, num_heads=1, shift_size=2)
+
+
+def test_shifted_windows_in_one_graph_for_every_map():
+    qkv, table = torch.randn(2, 11, 15, 24), torch.randn(49, 1)
+    free = {0: torch.export.Dim("images", min=1), 1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    with ops.backend("reference"), fx_config.patch(backed_size_oblivious=True):
+        program = torch.export.export(Attention(), (qkv, table), dynamic_shapes=(free, None))
+    run = program.module(check_guards=False)
+    for size in [(18, 25), (8, 8), (4, 12), (3, 9), (1, 1), (11, 15)]:
+        qkv = torch.randn(3, *size, 24)
+        close([run(qkv, table)], [Attention()(qkv, table)])
+
+
+@pytest.mark.slow
+def test_one_stage_takes_every_image_size(tmp_path):
+    model = CoSwin(dataclasses.replace(COSWIN, depths=(2,), num_heads=(1,))).eval()
+    done = export(model, tmp_path / "any.pt2", format="torch-export", dynamic_size=True)
+    assert done.inputs == {"image": ("batch", 3, "height", "width")}
+    assert "batches of 2 and 5, images of 32x32, 37x61, 15x34: features" in str(done)
+    right_at_every_size(torch.export.load(done.path).module(), model, IMAGE_SIZES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_image_size_is_right_or_refused(tower, tmp_path):
+    model = TOWERS[tower].eval()
+    export(model, tmp_path / "any.pt2", format="torch-export", dynamic_size=True)
     run = torch.export.load(tmp_path / "any.pt2").module()
-    image = torch.randn(3, 3, 96, 128)
-    with torch.no_grad():
-        close([run(image)], [model(image)])
+    right_at_every_size(run, model, IMAGE_SIZES)
+    for size in ONE_TOKEN:
         with pytest.raises(AssertionError, match="Guard failed"):
-            run(torch.randn(3, 3, 40, 56))
+            run(torch.randn(3, 3, *size))
+    # what the guards are careful about is no mistake in the graph
+    right_at_every_size(torch.export.load(tmp_path / "any.pt2").module(check_guards=False), model, ONE_TOKEN)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +138,18 @@ def test_a_tower_in_onnx(onnx_runtime, tower, tmp_path):
         image = torch.randn(batch, 3, 40, 40)
         with torch.no_grad():
             close(run_onnx(onnx_runtime, done.path, image=image), [model(image)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_image_size_in_onnx(onnx_runtime, tower, tmp_path):
+    model = TOWERS[tower].eval()
+    done = export(model, tmp_path / "any.onnx", dynamic_size=True)
+    session = onnx_runtime.InferenceSession(str(done.path), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["images", 3, "height", "width"]
+    right_at_every_size(
+        lambda image: torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), model, IMAGE_SIZES + ONE_TOKEN
+    )
 
 
 def test_a_dual_encoder_in_onnx(onnx_runtime, florence, tmp_path):
@@ -122,7 +177,7 @@ def test_what_cannot_be_checked_says_so(onnx_runtime, florence, tmp_path, monkey
 def test_a_file_that_computes_something_else_never_appears(florence, tmp_path, monkeypatch):
     load = exporting._load
     monkeypatch.setattr(exporting, "_load", lambda *args: lambda *inputs: load(*args)(*inputs) * 1.01)
-    with pytest.raises(ParityError, match=r"text_features with an error of 1\.0e-02 at batch 2"):
+    with pytest.raises(ParityError, match=r"text_features with an error of 1\.0e-02 for \(2, 12\), over"):
         export(florence, tmp_path / "text.pt2", format="torch-export", part="text")
     assert list(tmp_path.iterdir()) == []
 
@@ -136,15 +191,23 @@ def test_compiled_ahead_of_time(florence, tmp_path, dynamic):
         close(torch._inductor.aoti_load_package(str(done.path))(image, text), florence.eval()(image, text))
 
 
+@pytest.mark.slow
+def test_one_stage_compiled_for_every_image_size(tmp_path):
+    model = CoSwin(dataclasses.replace(COSWIN, depths=(2,), num_heads=(1,))).eval()
+    done = export(model, tmp_path / "any.pt2", format="aoti", dynamic_size=True)
+    right_at_every_size(torch._inductor.aoti_load_package(str(done.path)), model, IMAGE_SIZES + ONE_TOKEN)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"format": "onxx"}, "did you mean 'onnx'"),
         ({"part": "imag"}, "did you mean 'image'"),
         ({"format": "aoti"}, r"format 'aoti' ends in \.pt2, got 'x\.onnx'"),
-        ({"dynamic_size": True}, "have no guards"),
+        ({"dynamic_size": True, "dynamic": False}, "needs dynamic and pictures, got dynamic=False"),
+        ({"dynamic_size": True, "part": "text"}, "needs dynamic and pictures, got dynamic=True and part 'text'"),
     ],
-    ids=["format", "part", "suffix", "dynamic-size"],
+    ids=["format", "part", "suffix", "dynamic-size-static", "dynamic-size-of-text"],
 )
 def test_what_cannot_be_is_refused_before_anything_is_traced(florence, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

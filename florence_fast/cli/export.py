@@ -37,7 +37,7 @@ def command(
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic/--static", help="Take batches of every size.")] = True,
     dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="Other image sizes too, as far as one graph reaches; torch-export.")
+        bool, typer.Option("--dynamic-size", help="Take images of every size from 4 pixels on, square or not.")
     ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="The one size of --static batches.")] = 1,
 ) -> None:

@@ -1,7 +1,8 @@
 """Our image towers in timm's registry: ``timm.create_model("coswin_tiny.florence", features_only=True)``.
 
-Nothing happens at import: `register_with_timm` is a call, since ``import florence_fast`` costs nothing and must not
-import timm. The models are ours and not timm's classes; they have the methods that timm's users and scripts know.
+``import florence_fast`` does not import timm. It is enough that both are imported, in any order: `register_with_timm`
+is called when the later one is there. The models are ours and not timm's classes; they have the methods that timm's
+users and scripts know.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def register_with_timm() -> list[str]:
 
     Their keywords are those of `florence_fast.create_model`: img_size, window_size, in_chans, num_classes,
     drop_path_rate, features_only, out_indices, output_fmt. ``pretrained=True`` is an error, since there are no weights
-    to be downloaded; ``checkpoint_path`` takes files. Calling it twice is harmless.
+    to be downloaded; ``checkpoint_path`` takes files. ``import florence_fast`` has the same effect as soon as timm is
+    imported, before or after; calling it again is harmless.
 
     Returns:
         The names that were added now.

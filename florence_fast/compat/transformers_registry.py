@@ -1,13 +1,16 @@
 """Our dual encoders as Hugging Face's ``AutoModel``, ``AutoImageProcessor`` and ``AutoTokenizer``, without remote code.
 
-The classes are in transformers_classes.py, which is imported, with transformers, when this asks for it.
+transformers imports its parts when they are used, and its parts import each other: each registration here waits for one
+module, asks for nothing that this has not imported, and is made by `florence_fast.on_import`, whichever of the packages
+comes first. The model waits for a configuration of ours, since its class needs all of transformers' model code, which
+nobody who wants a tokenizer should pay for.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
-from types import ModuleType
 
 from florence_fast.models import Florence
 
@@ -15,8 +18,10 @@ from florence_fast.models import Florence
 def register_with_transformers() -> list[str]:
     """Make transformers' Auto classes know the model type ``florence_fast``; once more changes nothing.
 
+    ``import florence_fast`` has the same effect, before ``import transformers`` or after it.
+
     Returns:
-        The classes that stand for it: configuration, model, image processor and tokenizer.
+        The classes that stand for it: configuration, image processor, model and tokenizer.
 
     Raises:
         ImportError: transformers is not installed.
@@ -24,17 +29,53 @@ def register_with_transformers() -> list[str]:
     >>> register_with_transformers()
     >>> model = transformers.AutoModel.from_pretrained("written/by/save_for_transformers")
     """
-    classes = _classes()
-    import transformers
+    _require_transformers()
+    return [register() for register in (register_config, register_image_processor, register_model, register_tokenizer)]
 
-    config = classes.FlorenceFastConfig
-    transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
-    transformers.AutoModel.register(config, classes.FlorenceFastModel, exist_ok=True)
-    transformers.AutoImageProcessor.register(
-        config, slow_image_processor_class=classes.FlorenceFastImageProcessor, exist_ok=True
-    )
-    transformers.AutoTokenizer.register(config, slow_tokenizer_class=classes.FlorenceFastTokenizer, exist_ok=True)
-    return list(classes.__all__)
+
+def register_config() -> str:
+    """Tell ``AutoConfig`` of our configuration, and return the name of its class."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from florence_fast.compat.transformers_config import FlorenceFastConfig
+
+    AutoConfig.register(FlorenceFastConfig.model_type, FlorenceFastConfig, exist_ok=True)
+    return FlorenceFastConfig.__name__
+
+
+def register_image_processor() -> str:
+    """Tell ``AutoImageProcessor`` of ours, and return the name of its class."""
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    from florence_fast.compat.transformers_config import FlorenceFastConfig
+    from florence_fast.compat.transformers_image_processor import FlorenceFastImageProcessor as OurProcessor
+
+    # Until 4.40 there was one kind of image processor, and so another word for it.
+    words = inspect.signature(AutoImageProcessor.register).parameters
+    word = "slow_image_processor_class" if "slow_image_processor_class" in words else "image_processor_class"
+    AutoImageProcessor.register(FlorenceFastConfig, **{word: OurProcessor}, exist_ok=True)
+    return OurProcessor.__name__
+
+
+def register_model() -> str:
+    """Tell ``AutoModel`` of our dual encoder, and return the name of its class."""
+    from transformers.models.auto.modeling_auto import AutoModel
+
+    from florence_fast.compat.transformers_model import FlorenceFastModel
+
+    AutoModel.register(FlorenceFastModel.config_class, FlorenceFastModel, exist_ok=True)
+    return FlorenceFastModel.__name__
+
+
+def register_tokenizer() -> str:
+    """Tell ``AutoTokenizer`` of ours, and return the name of its class."""
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    from florence_fast.compat.transformers_config import FlorenceFastConfig
+    from florence_fast.compat.transformers_tokenizer import FlorenceFastTokenizer
+
+    AutoTokenizer.register(FlorenceFastConfig, slow_tokenizer_class=FlorenceFastTokenizer, exist_ok=True)
+    return FlorenceFastTokenizer.__name__
 
 
 def save_for_transformers(model: Florence, directory: str | os.PathLike[str]) -> Path:
@@ -51,19 +92,21 @@ def save_for_transformers(model: Florence, directory: str | os.PathLike[str]) ->
     """
     if not isinstance(model, Florence):
         raise TypeError(f"model must be a Florence, got {type(model).__name__}")
-    classes, config = _classes(), model.config
-    classes.FlorenceFastModel.from_florence(model).save_pretrained(directory)
+    _require_transformers()
+    from florence_fast.compat.transformers_image_processor import FlorenceFastImageProcessor
+    from florence_fast.compat.transformers_model import FlorenceFastModel
+    from florence_fast.compat.transformers_tokenizer import FlorenceFastTokenizer
+
+    config = model.config
+    FlorenceFastModel.from_florence(model).save_pretrained(directory)
     processor = {"size": config.image.img_size, "image_mean": config.image_mean, "image_std": config.image_std}
-    classes.FlorenceFastImageProcessor(**processor).save_pretrained(directory)
-    classes.FlorenceFastTokenizer(model_max_length=config.text.context_length).save_pretrained(directory)
+    FlorenceFastImageProcessor(**processor).save_pretrained(directory)
+    FlorenceFastTokenizer(model_max_length=config.text.context_length).save_pretrained(directory)
     return Path(directory)
 
 
-def _classes() -> ModuleType:
+def _require_transformers() -> None:
     try:
         import transformers  # noqa: F401 - so that nothing else's failure is taken for its absence
     except ImportError as error:
         raise ImportError("transformers is not installed: pip install transformers") from error
-    from florence_fast.compat import transformers_classes
-
-    return transformers_classes

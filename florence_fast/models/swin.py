@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from florence_fast import ops
 from florence_fast.models.layers import is_plain, layer_norm
 from florence_fast.models.tower import ImageTower
+from florence_fast.ops._windows import has_unknown
 
 
 class PatchEmbed(nn.Module):
@@ -33,9 +34,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to (B, ceil(H/4), ceil(W/4), width)."""
-        height, width = image.shape[2:]
-        if height % 4 or width % 4:
-            image = F.pad(image, (0, -width % 4, 0, -height % 4))
+        bottom, right = (4 * ((side + 3) // 4) - side for side in image.shape[2:])
+        if has_unknown(image.shape) or bottom or right:
+            image = F.pad(image, (0, right, 0, bottom))
         return layer_norm(self.norm, self.proj(image).permute(0, 2, 3, 1))
 
 

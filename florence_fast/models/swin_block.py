@@ -22,6 +22,7 @@ from florence_fast.models.layers import (
     linear,
     resize_bias_table,
 )
+from florence_fast.ops._windows import if_longer
 
 
 class WindowAttention(nn.Module):
@@ -46,8 +47,9 @@ class WindowAttention(nn.Module):
         qkv = linear(self.qkv, x)  # (B, H, W, 3C)
         pads_are_tokens = self.pad_mode == "bias"
         shift = self.window_size // 2 if self.shifted else 0
-        if pads_are_tokens and min(x.shape[1:3]) <= self.window_size:
-            shift = 0
+        if pads_are_tokens:
+            for side in x.shape[1:3]:
+                shift = if_longer(shift, side, self.window_size)
         pad_token = None
         if pads_are_tokens:
             pad_token = qkv.new_zeros(qkv.shape[-1]) if self.qkv.bias is None else self.qkv.bias

@@ -48,11 +48,35 @@ class Cut:
     def num_tokens(self) -> int:
         return math.prod(self.window)
 
+    @property
+    def may_have_pads(self) -> bool:
+        return has_unknown(self.size) or self.padded != self.size
+
+    @property
+    def may_shift(self) -> bool:
+        return has_unknown(self.shift) or any(self.shift)
+
+
+def has_unknown(sizes: Sequence[int]) -> bool:
+    """Say whether a model is being exported for other sizes as well.
+
+    Its graph must then hold for all of them, so that nothing is decided by these: what may be needed is done, be it to
+    pad or to roll by nothing.
+    """
+    return torch.compiler.is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def if_longer(shift: int, size: int, window: int) -> int:
+    """Give ``shift`` for an axis longer than the window, else 0; by arithmetic alone where the size is not known."""
+    if has_unknown((size,)):
+        return shift * torch.sym_min(torch.sym_max(size - window, 0), 1)
+    return shift if size > window else 0
+
 
 def cut_map(size: Size, window_size: Size, shift_size: Size) -> Cut:
     """Cut a map. On an axis no longer than the window, the window shrinks to the map and nothing is shifted."""
     window, grid = window_and_grid(size, window_size)
-    shift = tuple(0 if s <= w else x for s, w, x in zip(size, window_size, shift_size, strict=True))
+    shift = tuple(map(if_longer, shift_size, size, window_size))
     return Cut(tuple(size), window, grid, shift)
 
 
@@ -68,14 +92,14 @@ def partition(
     """Cut (B, *size, parts*h*d) into (parts, B*M, h, N, d); pad tokens hold ``fill`` (parts*h*d), zeros without it."""
     axes = len(cut.size)
     batch, head_dim = x.shape[0], x.shape[-1] // (parts * num_heads)
-    if cut.padded != cut.size:
+    if cut.may_have_pads:
         x = _pad(x, cut, fill)
-    if any(cut.shift):
-        x = x.roll([-s for s in cut.shift], dims=tuple(range(1, axes + 1)))
+    if cut.may_shift:
+        x = _roll(x, cut, -1)
     x = x.reshape(batch, *chain(*zip(cut.grid, cut.window, strict=True)), parts, num_heads, head_dim)
     grid_dims, window_dims = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
     x = x.permute(2 * axes + 1, 0, *grid_dims, 2 * axes + 2, *window_dims, 2 * axes + 3)
-    x = x.to(dtype, memory_format=torch.contiguous_format)
+    x = _settled(x.to(dtype, memory_format=torch.contiguous_format))
     return x.reshape(parts, batch * cut.num_windows, num_heads, cut.num_tokens, head_dim)
 
 
@@ -87,13 +111,14 @@ def merge(x: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
     x = x.view(parts, batch, *cut.grid, num_heads, *cut.window, head_dim)
     grid_dims, window_dims = range(2, axes + 2), range(axes + 3, 2 * axes + 3)
     x = x.permute(1, *chain(*zip(grid_dims, window_dims, strict=True)), 0, axes + 2, 2 * axes + 3)
-    x = x.to(dtype, memory_format=torch.contiguous_format).reshape(batch, *cut.padded, parts * num_heads * head_dim)
-    return x.roll(cut.shift, dims=tuple(range(1, axes + 1))) if any(cut.shift) else x
+    x = _settled(x.to(dtype, memory_format=torch.contiguous_format))
+    x = x.reshape(batch, *cut.padded, parts * num_heads * head_dim)
+    return _roll(x, cut, 1) if cut.may_shift else x
 
 
 def crop(x: Tensor, cut: Cut) -> Tensor:
     """Drop the pad tokens: (B, *padded, C) to a contiguous (B, *size, C)."""
-    return x[(slice(None), *map(slice, cut.size))].contiguous()
+    return _settled(x[(slice(None), *map(slice, cut.size))]).contiguous()
 
 
 def is_pad(cut: Cut, device: torch.device) -> Tensor:
@@ -109,18 +134,19 @@ def blocked_pairs(cut: Cut, cyclic: Sequence[bool], mask_pads: bool, device: tor
     Tokens see each other when they lie in the same region. A region ends at the map's seam, unless the axis is
     cyclic; masked pads are regions of their own, so that every token sees at least itself.
     """
-    has_seam = any(shift and not wraps for shift, wraps in zip(cut.shift, cyclic, strict=True))
-    if not has_seam and not (mask_pads and cut.padded != cut.size):
+    has_seam = any((has_unknown((s,)) or s) and not wraps for s, wraps in zip(cut.shift, cyclic, strict=True))
+    if not has_seam and not (mask_pads and cut.may_have_pads):
         return None
     axes = len(cut.size)
     region = torch.zeros((), dtype=torch.long, device=device)
     for size, padded, shift, wraps in zip(cut.size, cut.padded, cut.shift, cyclic, strict=True):
         place = torch.arange(padded, device=device)
         beyond_seam = (place >= padded - shift) & (not wraps)
-        pad = ((place + shift) % padded >= size) & mask_pads
+        pad = (_wrapped(place + shift, padded) >= size) & mask_pads
         region = region[..., None] * 4 + beyond_seam + 2 * pad
     region = region.view(*chain(*zip(cut.grid, cut.window, strict=True)))
-    region = region.permute(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)).reshape(cut.num_windows, cut.num_tokens)
+    region = _settled(region.permute(*range(0, 2 * axes, 2), *range(1, 2 * axes, 2)))
+    region = region.reshape(cut.num_windows, cut.num_tokens)
     return region[:, :, None] != region[:, None, :]
 
 
@@ -148,3 +174,23 @@ def _pad(x: Tensor, cut: Cut, fill: Tensor | None) -> Tensor:
         missing = [p - s for p, s in zip(cut.padded, cut.size, strict=True)]
         return F.pad(x, (0, 0, *chain(*((0, m) for m in reversed(missing)))))
     return torch.where(is_pad(cut, x.device), fill.to(x.dtype), _pad(x, cut, None))
+
+
+def _settled(x: Tensor) -> Tensor:
+    """Copy x where sizes that are not known decide whether what follows copies it."""
+    return x.clone(memory_format=torch.contiguous_format) if has_unknown(x.shape) else x
+
+
+def _roll(x: Tensor, cut: Cut, sign: int) -> Tensor:
+    """Roll the axes of a padded map (B, *padded, C) by the shift: forwards, or with -1 backwards."""
+    shift = [sign * s for s in cut.shift]
+    if not has_unknown(cut.shift):
+        return x.roll(shift, dims=tuple(range(1, len(shift) + 1)))
+    for axis, (by, side) in enumerate(zip(shift, cut.padded, strict=True), 1):
+        x = x.index_select(axis, _wrapped(torch.arange(side, device=x.device) - by, side))
+    return x
+
+
+def _wrapped(place: Tensor, side: int) -> Tensor:
+    """Bring places that lie less than a side off an axis back onto it; ONNX has no % by a size that is not known."""
+    return torch.where(place < 0, place + side, torch.where(place >= side, place - side, place))

@@ -94,7 +94,9 @@ def patch_merging_reference(
     """Define ``patch_merging`` in plain PyTorch: the same arguments and result, computed in at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     with _backend.without_autocast(x.device.type):
-        full = F.pad(x.to(dtype), (0, 0, 0, x.shape[-2] % 2, 0, x.shape[-3] % 2))
+        # written so that a size which is not known yet is seen to be even afterwards
+        bottom, right = (2 * ((side + 1) // 2) - side for side in x.shape[-3:-1])
+        full = F.pad(x.to(dtype), (0, 0, 0, right, 0, bottom))
         order = ((0, 0), (1, 0), (0, 1), (1, 1))
         rows = torch.cat([full[..., dy::2, dx::2, :] for dy, dx in order], -1)
         centred = rows - rows.mean(-1, keepdim=True)

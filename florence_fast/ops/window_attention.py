@@ -143,7 +143,7 @@ def _check_window_attention(
     if any(side == 0 for side in size):
         raise ValueError(f"qkv must have a map of at least one token, got shape {tuple(qkv.shape)}")
     window = [int(w) for w in _per_axis("window_size", window_size, len(size), int)]
-    shift = [int(s) for s in _per_axis("shift_size", shift_size, len(size), int)]
+    shift = [int(s) if isinstance(s, int) else s for s in _per_axis("shift_size", shift_size, len(size), int)]
     wraps = [bool(c) for c in _per_axis("cyclic", cyclic, len(size), bool)]
     if min(window) < 1:
         raise ValueError(f"window_size must be positive on every axis, got {window_size!r}")
@@ -172,8 +172,9 @@ def _check_window_attention(
 
 
 def _per_axis(name: str, value: Any, axes: int, kind: type) -> Sequence[Any]:
-    values = [value] * axes if isinstance(value, kind) else value
-    if not isinstance(values, Sequence) or len(values) != axes or not all(isinstance(v, kind) for v in values):
+    kinds = (kind, torch.SymInt) if torch.compiler.is_exporting() else kind
+    values = [value] * axes if isinstance(value, kinds) else value
+    if not isinstance(values, Sequence) or len(values) != axes or not all(isinstance(v, kinds) for v in values):
         raise ValueError(
             f"{name} must be one {kind.__name__} or {axes} of them, one per axis of the map, got {value!r}"
         )

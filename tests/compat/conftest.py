@@ -2,12 +2,12 @@
 
 import pytest
 
-from florence_fast import ops
-
 
 @pytest.fixture
 def calls(monkeypatch):
     """The keyword arguments of every call of the op."""
+    from florence_fast import ops  # Triton comes with it, which must not be here before ../conftest.py has spoken
+
     seen = []
     original = ops.window_attention
 

@@ -66,13 +66,18 @@ def test_a_swin_goes_to_every_layout_and_comes_back(swin, to, tmp_path):
     assert same(convert(tmp_path / "there.safetensors", layout=to if to in SOURCES else "auto").state, back.state)
 
 
+def missing(info):
+    """What transformers found no tensor for, without the index that a layer computes when it is built."""
+    return [name for name in info["missing_keys"] if not name.endswith(".relative_position_index")]
+
+
 def test_hugging_face_loads_what_is_written_and_the_reverse(swin, tmp_path):
     transformers = importorskip_transformers()
     done = convert(swin.state_dict(), tmp_path / "theirs", to="hugging_face", image_size=32)
     theirs, info = transformers.SwinForImageClassification.from_pretrained(
         tmp_path / "theirs", output_loading_info=True
     )
-    assert not info["missing_keys"] and not info["unexpected_keys"] and done.config.img_size == 32
+    assert not missing(info) and not info["unexpected_keys"] and done.config.img_size == 32
     image = torch.randn(2, 3, 43, 62)
     with torch.no_grad():
         close(theirs.eval()(image).logits, swin(image))
@@ -82,7 +87,7 @@ def test_hugging_face_loads_what_is_written_and_the_reverse(swin, tmp_path):
     assert back.config == done.config and same(back.state, swin.state_dict())
     headless = convert(Swin(SWIN).state_dict(), tmp_path / "headless", to="hugging_face", image_size=32)
     body, info = transformers.SwinModel.from_pretrained(tmp_path / "headless", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and headless.config.num_classes == 0
+    assert not missing(info) and not info["unexpected_keys"] and headless.config.num_classes == 0
     assert body.config.window_size == 4
 
 

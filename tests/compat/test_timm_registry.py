@@ -11,12 +11,7 @@ timm = third_party.timm()
 SMALL = {"img_size": 64, "window_size": 4}
 
 
-@pytest.fixture(autouse=True)
-def registered():
-    register_with_timm()
-
-
-def test_a_second_call_adds_nothing():
+def test_both_imports_register_and_a_call_adds_nothing():
     assert register_with_timm() == []
     assert {"coswin_nano", "coswin_huge", "swin_tiny"} <= set(timm.list_models("*swin_*"))
     assert "coswin_tiny.florence" in timm.list_models("coswin*", include_tags=True)

@@ -91,10 +91,12 @@ def assert_equal_to_rounding(found, expected, bound=1e-5):
 def assert_as_good_in_bf16(ours, theirs, exact, factor=2.0):
     """Hold the error against float64 in the L2 norm below ``factor`` times the other's, over output and gradients.
 
-    Tensors of a few numbers, of which the error would be one draw more than a measure, are taken together.
+    Tensors of a few numbers, of which the error would be one draw more than a measure, are taken together. So are those
+    of the networks that make Swin V2's biases: what reaches them of a layer's error is a few numbers a head.
     """
     few = [name for name in exact if exact[name].numel() < 64]
-    for names in [*([name] for name in exact if name not in few), few]:
+    networks = [name for name in exact if name not in few and ("cpb_mlp" in name or "meta_mlp" in name)]
+    for names in [*([name] for name in exact if name not in (*few, *networks)), few, networks]:
         mine, others, right = (
             torch.cat([torch.zeros(1), *(run[name].double().flatten() for name in names)])
             for run in (ours, theirs, exact)
