@@ -86,7 +86,7 @@ def _row(case: Case, dtype: str, options: argparse.Namespace) -> Row:
     try:
         model, inputs = case.build(1 if options.rehearse else case.batch, case.tiny if options.rehearse else case.size)
         _wake(model)
-    except (ImportError, AttributeError, RuntimeError) as error:
+    except (ImportError, AttributeError, RuntimeError, TypeError) as error:
         return {"status": "missing", "reason": f"{type(error).__name__}: {error}"[:200]}
     try:
         return _compare(case, model.eval(), inputs, dtype, options)

@@ -80,10 +80,14 @@ def _torchvision(name: str, *frames: int) -> Callable[[int, int], Built]:
     return build
 
 
-def _monai(batch: int, size: int) -> Built:
-    from monai.networks.nets import SwinUNETR
+def _monai(**changes: Any) -> Callable[[int, int], Built]:
+    def build(batch: int, size: int) -> Built:
+        from monai.networks.nets import SwinUNETR
 
-    return SwinUNETR(1, 2, feature_size=24, spatial_dims=3), {"x_in": torch.randn(batch, 1, size, size, size)}
+        model = SwinUNETR(1, 2, feature_size=24, spatial_dims=3, **changes)
+        return model, {"x_in": torch.randn(batch, 1, size, size, size)}
+
+    return build
 
 
 def _last(out: Any) -> Tensor:
@@ -128,5 +132,6 @@ CASES = {
     "torchvision swin_t": Case(_torchvision("swin_t")),
     "torchvision swin_v2_t": Case(_torchvision("swin_v2_t"), size=256),
     "torchvision swin3d_t, 8 frames": Case(_torchvision("swin3d_t", 8), batch=1),
-    "MONAI SwinUNETR, 64 cubed": Case(_monai, batch=1, size=64, tiny=32),
+    "MONAI SwinUNETR, 64 cubed": Case(_monai(), batch=1, size=64, tiny=32),
+    "MONAI SwinUNETR, its flash attention": Case(_monai(use_flash_attention=True), batch=1, size=64, tiny=32),
 }
