@@ -285,9 +285,19 @@ def forward_merging(
     module: nn.Module, input_feature: Tensor, input_dimensions: tuple[int, int], *, options: Options
 ) -> Tensor:
     """Stand in for SwinPatchMerging.forward: (B, H*W, C) to (B, H/2*W/2, 2C), both halves rounded up."""
+    return merge_tokens(merges.norm_then_reduce, module, input_feature, input_dimensions)
+
+
+def merge_tokens(
+    merge: Callable[[nn.Module, Tensor], Tensor | None],
+    module: nn.Module,
+    input_feature: Tensor,
+    input_dimensions: tuple[int, int],
+) -> Tensor:
+    """Let one of `merges` stand in for the module's own forward, which runs where that cannot."""
     merged = None
     if not torch.jit.is_tracing():
-        merged = merges.norm_then_reduce(module, input_feature.unflatten(1, tuple(input_dimensions)))
+        merged = merge(module, input_feature.unflatten(1, tuple(input_dimensions)))
     own = type(module).forward
     return own(module, input_feature, input_dimensions) if merged is None else merged.flatten(1, 2)
 

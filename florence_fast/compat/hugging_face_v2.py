@@ -103,11 +103,7 @@ def forward_merging(
     module: nn.Module, input_feature: Tensor, input_dimensions: tuple[int, int], *, options: Options
 ) -> Tensor:
     """Stand in for Swinv2PatchMerging.forward, which normalises after the product: (B, H*W, C) to (B, H/2*W/2, 2C)."""
-    merged = None
-    if not torch.jit.is_tracing():
-        merged = merges.reduce_then_norm(module, input_feature.unflatten(1, tuple(input_dimensions)))
-    own = type(module).forward
-    return own(module, input_feature, input_dimensions) if merged is None else merged.flatten(1, 2)
+    return hugging_face.merge_tokens(merges.reduce_then_norm, module, input_feature, input_dimensions)
 
 
 def _layer_reasons(layer: nn.Module, options: Options) -> Iterable[str]:
