@@ -30,9 +30,19 @@ VARIABLES = (
 )
 
 _DEFAULTS = {variable.name: variable.default for variable in VARIABLES}
+NAMES = tuple(_DEFAULTS)
 
-# Variables of others that explain a surprising speed or device; shown by `florence-fast info`, never read here.
-OF_OTHERS = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
+# Variables of others that explain a surprising speed or device; shown by `florence-fast info`. Those that name
+# instructions are read by `florence_fast.processor`.
+OF_OTHERS = (
+    "ATEN_CPU_CAPABILITY",
+    "CUDA_VISIBLE_DEVICES",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+    "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET",
+)
 
 
 def read(name: str) -> str:
