@@ -64,6 +64,9 @@ def command(
     ] = None,
     ema_decay: Annotated[float | None, typer.Option(help="Also keep a moving average of the weights.")] = None,
     num_workers: Annotated[int | None, _flag(0, "--workers", min=0, help="Processes that decode.")] = None,
+    worker_timeout: Annotated[
+        float | None, _flag(300.0, help="Seconds without a decoded sample after which the workers count as stuck.")
+    ] = None,
     crop: Annotated[str | None, _flag("squash", help="squash, center or random_resized.")] = None,
     augment: Annotated[bool, typer.Option("--augment", help="Turn, shear and recolour the pictures.")] = False,
     max_bad_share: Annotated[float | None, _flag(0.01, help="Share of unreadable pairs that stops it.")] = None,

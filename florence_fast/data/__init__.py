@@ -16,6 +16,7 @@ from florence_fast.data.prompts import (
 )
 from florence_fast.data.tokenizer import Tokenizer
 from florence_fast.data.transforms import image_transform
+from florence_fast.data.workers import WorkerError
 
 __all__ = [
     "IMAGENET_CLASSNAMES",
@@ -32,6 +33,7 @@ __all__ = [
     "PairText",
     "Subset",
     "Tokenizer",
+    "WorkerError",
     "artists_names",
     "artists_test",
     "artists_train",

@@ -8,8 +8,9 @@ Letters: B pairs of a batch · S side of the pictures.
 """
 
 import logging
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from florence_fast.data.decoding import CROPS, Decoded, Decoder, Here, Key, Workers
+from florence_fast.data.decoding import CROPS, Decoded, Decoder, Here, Key
 from florence_fast.data.labels import text_label
 from florence_fast.data.pairs import PairSource, PairText
 from florence_fast.data.picture_cache import PictureCache, fits_in_memory, shrink
 from florence_fast.data.prompts import draw_text
 from florence_fast.data.sampling import TEXT, epoch_order, uniform
+from florence_fast.data.workers import Workers
 from florence_fast.errors import unknown
 from florence_fast.ranges import annotated
 
@@ -31,6 +33,11 @@ logger = logging.getLogger(__name__)
 # The share of unreadable pairs is judged from this many samples on.
 JUDGED_AFTER = 200
 NAMED_IN_ERROR = 5
+WORKER_TIMEOUT = 300.0  # seconds; longer than a network drive needs to come back
+
+
+# Begins to decode some images, and returns the call that waits for them.
+Start = Callable[[Sequence[Key]], Callable[[], Decoded]]
 
 
 class BadDataError(RuntimeError):
@@ -77,7 +84,9 @@ class PairLoader:
         pictures_per_text: pictures of one text that come one after another; see `epoch_order`.
         cache: decode each picture once and keep it as uint8, where half of the memory holds them all. A random crop
             differs from epoch to epoch and is always decoded anew.
-        num_workers: processes that decode ahead; 0 decodes in this one.
+        num_workers: processes that decode ahead, each on one thread; 0 decodes in this one.
+        worker_timeout: seconds without any finished sample after which a `WorkerError` names those that the workers
+            are on.
         rank, world_size: which part of each global batch of ``batch_size * world_size`` samples is ours.
         max_bad_share: largest share of unreadable pairs that is skipped, judged after 200 samples.
         crop: "squash" (the whole picture, stretched to a square), "center" (its middle) or "random_resized" (a part
@@ -104,6 +113,7 @@ class PairLoader:
         pictures_per_text: int = 1,
         cache: bool = True,
         num_workers: int = 0,
+        worker_timeout: float = WORKER_TIMEOUT,
         rank: int = 0,
         world_size: int = 1,
         max_bad_share: float = 0.01,
@@ -118,6 +128,8 @@ class PairLoader:
         _require_positive(batch_size=batch_size, image_size=image_size, pictures_per_text=pictures_per_text)
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        if not 0 < worker_timeout < math.inf:
+            raise ValueError(f"worker_timeout must be a positive number of seconds, got {worker_timeout}")
         for name, share in (
             ("keyword_prob", keyword_prob),
             ("template_prob", template_prob),
@@ -128,7 +140,8 @@ class PairLoader:
         self.source, self.seed, self.crop = source, seed, crop
         self.batch_size, self.image_size, self.augment_text = batch_size, image_size, augment_text
         self.keyword_prob, self.template_prob = keyword_prob, template_prob
-        self.pictures_per_text, self.num_workers = pictures_per_text, num_workers
+        self.pictures_per_text = pictures_per_text
+        self.num_workers, self.worker_timeout = num_workers, worker_timeout
         self.rank, self.world_size = rank, world_size
         self.max_bad_share, self.cache = max_bad_share, cache and crop != "random_resized"
         self.samples_seen = self.samples_bad = 0
@@ -149,24 +162,27 @@ class PairLoader:
         if self.image_size > self._decode_size:
             self._set_decode_size(self.image_size)
 
-    def batches(self, position: int) -> Iterator[Batch]:
+    def batches(self, position: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Yield this rank's batches without end, from ``position`` on.
 
         Args:
             position: samples that all ranks together have consumed before.
+            stopping: whether the run has been asked to stop. While it is true, workers that make no progress are
+                waited for 10 seconds only, so that a run with a stuck worker can still save and end.
 
         Raises:
             ValueError: ``position`` is negative.
             BadDataError: too many pairs are unreadable; the message counts them and names the first.
-            RuntimeError: a worker process died.
+            WorkerError: a worker process died, or none of them makes progress; the message names their samples.
         """
         if position < 0:
             raise ValueError(f"position must not be negative, got {position}")
-        return self._batches(position)
+        return self._batches(position, stopping)
 
-    def _batches(self, position: int) -> Iterator[Batch]:
+    def _batches(self, position: int, stopping: Callable[[], bool]) -> Iterator[Batch]:
         decoder = Decoder(self.source, self._decode_size, self.crop, self.seed)
-        decoding = Workers(decoder, self.num_workers) if self.num_workers else Here(decoder)
+        workers = self.num_workers
+        decoding = Workers(decoder, workers, self.worker_timeout, stopping) if workers else Here(decoder)
         batch_size, image_size, augment_text = self.batch_size, self.image_size, self.augment_text
         ahead = deque()
         try:
@@ -177,7 +193,7 @@ class PairLoader:
                     ahead.append((slots, annotated("data.decode")(decoding.start(self._to_decode(slots)))))
                     position += batch_size * self.world_size
                 slots, finish = ahead.popleft()
-                yield self._assemble(slots, finish(), decoder, image_size, augment_text)
+                yield self._assemble(slots, finish(), decoding.start, image_size, augment_text)
         finally:
             decoding.close()
 
@@ -208,12 +224,12 @@ class PairLoader:
         return [key for key in keys if self._pictures is None or key[0] not in self._pictures]
 
     @annotated("data.assemble")
-    def _assemble(self, slots: Slots, decoded: Decoded, decoder: Decoder, image_size: int, augment_text: bool) -> Batch:
+    def _assemble(self, slots: Slots, decoded: Decoded, start: Start, image_size: int, augment_text: bool) -> Batch:
         """Put a batch together from decoded pictures, with stand-ins for the pairs that cannot be read."""
         self._keep(decoded)
         bad = [slot for slot, index in enumerate(slots.indices.tolist()) if not self._has_text(index)]
         for slot in bad:
-            self._replace(slots, slot, decoded, decoder)
+            self._replace(slots, slot, decoded, start)
         self._judge(len(slots.indices), len(bad))
         if self._pictures is not None:
             images = self._pictures.take(slots.indices, image_size)
@@ -246,7 +262,7 @@ class PairLoader:
             self._faults[index] = reason
             logger.warning("skipping pair %d, %s: %s", index, self.source.describe(index), reason)
 
-    def _replace(self, slots: Slots, slot: int, decoded: Decoded, decoder: Decoder) -> None:
+    def _replace(self, slots: Slots, slot: int, decoded: Decoded, start: Start) -> None:
         """Let the next readable pair of the sequence stand in for an unreadable one."""
         position = int(slots.positions[slot])
         for other in range(position + 1, position + 1 + len(self.source)):
@@ -254,8 +270,9 @@ class PairLoader:
             index, epoch = int(found.indices[0]), int(found.epochs[0])
             key = self._key(index, epoch)
             if index not in self._faults and key not in decoded and key in self._to_decode(found):
-                decoded[key] = decoder(key)
-                self._keep({key: decoded[key]})
+                found_now = start([key])()
+                decoded |= found_now
+                self._keep(found_now)
             if self._has_text(index):
                 slots.indices[slot], slots.epochs[slot] = index, epoch
                 return

@@ -113,7 +113,8 @@ class TrainConfig:
         ema_decay: keep a moving average of the weights; None keeps none.
         max_skipped_steps: steps in a row that may be skipped for NaN or Inf before the run is stopped.
         deterministic: use torch's deterministic algorithms; None does so on a CPU.
-        keyword_prob, template_prob, pictures_per_text, crop, cache, num_workers, max_bad_share: passed to `PairLoader`.
+        keyword_prob, template_prob, pictures_per_text, crop, cache, num_workers, worker_timeout, max_bad_share:
+            passed to `PairLoader`.
         log_every_n_steps: length of an interval: one line, one record, one call of `on_interval`.
         save_every_steps: steps between checkpoints; None saves at the end and on a signal only.
         keep_checkpoints: how many valid checkpoints stay.
@@ -151,6 +152,7 @@ class TrainConfig:
     crop: str = "squash"
     cache: bool = True
     num_workers: int = 0
+    worker_timeout: float = 300.0
     max_bad_share: float = 0.01
     log_every_n_steps: int = 10
     save_every_steps: int | None = 500
@@ -172,7 +174,7 @@ class TrainConfig:
                 _require_count(name, getattr(self, name), at_least=1)
         for name in ("seed", "max_skipped_steps", "num_workers"):
             _require_count(name, getattr(self, name), at_least=0)
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "worker_timeout"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
         for name in ("keyword_prob", "template_prob", "max_bad_share", "beta1", "beta2"):

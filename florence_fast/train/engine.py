@@ -375,6 +375,7 @@ def _create_loader(source: Any, config: TrainConfig) -> PairLoader:
         pictures_per_text=config.pictures_per_text,
         cache=config.cache,
         num_workers=config.num_workers,
+        worker_timeout=config.worker_timeout,
         rank=rank(),
         world_size=world_size(),
         max_bad_share=config.max_bad_share,

@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from florence_fast.data import workers
 from florence_fast.data.loader import PairLoader
 from florence_fast.data.shards import TarPairs
+from florence_fast.data.workers import WorkerError
 from tests.data.conftest import ListPairs, sample, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -86,9 +89,81 @@ def test_workers_have_the_default_signals_and_end_with_the_iterator(list_pairs: 
 
 
 def test_a_worker_that_dies_is_an_error_and_not_a_hang(list_pairs: Callable[..., ListPairs]) -> None:
+    others = children()
     batches = PairLoader(DeadlyPairs(list_pairs(8).pairs), batch_size=8, image_size=2, num_workers=1).batches(0)
-    with pytest.raises(RuntimeError, match="a decoding worker died"):
+    with pytest.raises(WorkerError, match=r"a decoding worker died: .* on sample \d \(list\[\d\]\)"):
         next(batches)
+    batches.close()
+    assert children() == others
+
+
+class StuckPairs(ListPairs):
+    """Pair 3 stops the process that decodes it, as a dead network drive does; the others are fine."""
+
+    def image(self, index: int) -> Image.Image:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().image(index)
+
+
+def test_a_stuck_worker_is_an_error_that_names_its_sample(list_pairs: Callable[..., ListPairs]) -> None:
+    others = children()
+    source = StuckPairs(list_pairs(8).pairs)
+    batches = PairLoader(source, batch_size=8, image_size=2, num_workers=2, worker_timeout=0.5).batches(0)
+    with pytest.raises(WorkerError, match=r"has finished a sample for .* they are on sample 3 \(list\[3\]\)\. "):
+        next(batches)
+    assert children() == others, "the stuck worker is killed"
+
+
+def test_a_stuck_worker_does_not_keep_a_run_that_was_asked_to_stop(
+    list_pairs: Callable[..., ListPairs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "STOPPING_SECONDS", 0.5)
+    loader = PairLoader(StuckPairs(list_pairs(8).pairs), batch_size=8, image_size=2, num_workers=1)
+    with pytest.raises(WorkerError, match="list"):
+        next(loader.batches(0, stopping=lambda: True))
+
+
+def test_closing_does_not_wait_for_a_stuck_worker(
+    list_pairs: Callable[..., ListPairs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "CLOSING_SECONDS", 0.5)
+    others = children()
+    loader = PairLoader(StuckPairs(list_pairs(40).pairs), batch_size=2, image_size=2, num_workers=1, cache=False)
+    start = next(position for position in range(40) if loader._order(0)[position] == 3) - 2
+    batches = loader.batches(max(start, 0))
+    next(batches)
+    batches.close()
+    assert children() == others
+
+
+class TorchPairs(ListPairs):
+    """Decoding computes with torch on tensors that are large enough for threads."""
+
+    def image(self, index: int) -> Image.Image:
+        small = F.interpolate(torch.full((1, 3, 600, 600), float(index)), size=(300, 300), mode="bilinear")
+        return Image.fromarray(small[0].permute(1, 2, 0).byte().numpy())
+
+
+def test_workers_compute_with_torch_after_the_parent_has_used_threads(list_pairs: Callable[..., ListPairs]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.randn(1000, 1000).exp().sum()
+        source = TorchPairs(list_pairs(4).pairs)
+        loader = PairLoader(source, batch_size=4, image_size=2, num_workers=1, worker_timeout=20)
+        batches = loader.batches(0)
+        batch = next(batches)
+        batches.close()
+    finally:
+        torch.set_num_threads(threads)
+    assert batch.images[:, 0, 0, 0].tolist() == batch.indices.tolist()
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf")])
+def test_bad_timeouts_are_refused(list_pairs: Callable[..., ListPairs], timeout: float) -> None:
+    with pytest.raises(ValueError, match="worker_timeout must be a positive number of seconds"):
+        PairLoader(list_pairs(4), batch_size=4, image_size=2, worker_timeout=timeout)
 
 
 @pytest.mark.dist
