@@ -312,8 +312,9 @@ def _write(out: Path, state: State, config: Config, to: str) -> None:
     values = config.to_dict()
     if out.suffix in _PICKLED:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as beside:
-            torch.save({"model": tensors} if to == "microsoft" else tensors, beside)
+        # a file object, because torch does not say why writing to a path failed
+        with replacing(out) as beside, open(beside, "wb") as file:
+            torch.save({"model": tensors} if to == "microsoft" else tensors, file)
         return
     file = out if out.suffix == ".safetensors" else out / WEIGHTS_NAME
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from florence_fast.files import replacing, write_text
+from florence_fast.files import remove_leftovers, replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -131,9 +131,8 @@ class CheckpointStore:
 
     def remove_leftovers(self) -> None:
         """Delete what a killed writer left beside the checkpoints."""
-        for leftover in self.folder.glob("*.tmp"):
+        for leftover in remove_leftovers(self.folder):
             logger.info("removed %s, which was never finished", leftover)
-            leftover.unlink()
 
     def _all(self) -> list[Path]:
         return [path for path in self.folder.glob("step_*.pt") if _NAME.fullmatch(path.name)]
