@@ -1,4 +1,4 @@
-"""Which 16-bit formats this processor multiplies in hardware, and which it only converts.
+"""The processor: its maker and name, which 16-bit formats it multiplies in hardware, and which it only converts.
 
 PyTorch's products of a format without units run one number at a time: on AVX2, bfloat16 takes some 100 times as long as
 float32. Nothing here needs the native extension, and torch is imported only when asked, so that ``--help`` stays quick.
@@ -36,11 +36,26 @@ _HELD_BY = {
 }
 
 
+CPUINFO = Path("/proc/cpuinfo")
+"""Where Linux describes each processor, in lines ``field : value``, as lscpu shows them."""
+
+
 class Units(NamedTuple):
     """Whether products of a 16-bit format are fast, and why."""
 
     fast: bool
     reason: str
+
+
+def vendor() -> str:
+    """Return the maker as x86 processors spell it, "AuthenticAMD" or "GenuineIntel"; empty where it is not known."""
+    given = _cpuinfo().get("vendor_id") or platform.processor()  # Windows: "AMD64 Family 25 Model 1, AuthenticAMD"
+    return next((name for name in ("AuthenticAMD", "GenuineIntel") if name in given), "")
+
+
+def name() -> str:
+    """Return the model name, or the architecture where the system gives none."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def units(format: str) -> Units:
@@ -87,15 +102,19 @@ def _found(format: str) -> str | None:
 
 def _cpuinfo_flags() -> frozenset[str]:
     """Return the flags of the first processor in /proc/cpuinfo, none where there is no such file."""
+    fields = _cpuinfo()
+    return frozenset((fields.get("flags") or fields.get("Features") or "").split())
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """Return the fields of the first processor in /proc/cpuinfo, none where there is no such file."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return frozenset()
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {field.strip(): value.strip() for field, _, value in lines}
 
 
 def _library_multiplies(format: str) -> bool:

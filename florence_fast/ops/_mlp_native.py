@@ -1,4 +1,4 @@
-"""The ``cpp`` backend of mlp: the native activation, between products by PyTorch's oneDNN.
+"""The ``cpp`` backend of mlp: the native activation, between products of the faster library.
 
 Where nothing is kept for a backward, rows pass through all three steps some at a time: the wide tensor of a chunk stays
 in the caches, and the whole one, which is four times as long as the input, never exists.

@@ -1,8 +1,8 @@
-"""Matrix products, for tensors that need no graph: on a CPU the fastest of what PyTorch carries, elsewhere the usual.
+"""Matrix products, for tensors that need no graph: on a CPU by the faster of the libraries that PyTorch carries.
 
-PyTorch sends float32 products to MKL, which on AMD's processors leaves AVX-512 unused, and a linear layer writes its
-bias in a pass of its own. The product that torch.compile takes on CPUs, oneDNN's, is there in eager mode too: measured
-on two Zen 5 cores at the shapes of Swin-T, 2.0 to 2.4 times as fast in float32 and 1.0 to 1.4 times in bfloat16.
+PyTorch sends float32 products to MKL. oneDNN's product, which torch.compile takes on CPUs, is there in eager mode too.
+Which of the two is faster depends on the processor, so `onednn_is_faster` holds a fixed rule for each kind: the library
+is the same in every process of a machine, and so are the bits. ``python -m bench.products`` measures both.
 """
 
 import functools
@@ -15,8 +15,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from florence_fast import processor
+
 DTYPES = (torch.float32, torch.bfloat16)
-"""What oneDNN's product is asked for."""
+"""What oneDNN's product may be asked for."""
+
+ONEDNN_IN_FLOAT32 = {("AuthenticAMD", "AVX512")}
+"""Maker and PyTorch's vector instructions of the processors on which oneDNN's float32 products are faster than MKL's.
+
+MKL uses no AVX-512 on AMD's processors: two Zen 5 cores, shapes of Swin-T, oneDNN 2.0 to 2.4 times as fast.
+With AVX2 MKL is faster: two Zen 3 cores, one block of each shape of Swin-T, ms of MKL and oneDNN: y = x w^T + b 170
+and 182, dx 169 and 195, dw 164 and 240; at the shapes where oneDNN wins it does so by a tenth.
+On Intel's processors MKL uses AVX-512 itself, and on arm64 PyTorch chooses: not measured yet, so the plain product.
+"""
+
+
+def onednn_is_faster(dtype: torch.dtype) -> bool:
+    """Say whether products of ``dtype`` go to oneDNN on this processor."""
+    if dtype != torch.float32:
+        return True  # bfloat16: the same library either way, 1.0 to 1.4 times as fast without the dispatcher's detours
+    return (processor.vendor(), torch.backends.cpu.get_cpu_capability()) in ONEDNN_IN_FLOAT32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,8 +62,11 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a^T b``: (R, M) and (R, N), the product of the gradient of a weight."""
-    if a.dtype != torch.float32 or not _suits_onednn(a, b):
-        return a.T @ b
+    return weight_by_onednn(a, b) if a.dtype == torch.float32 and _suits_onednn(a, b) else a.T @ b
+
+
+def weight_by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a^T b`` by oneDNN."""
     # The wider operand serves better as the weight: 85 against 50 GFLOP/s on a loaded machine.
     return _onednn(a.T, b.T, None) if a.shape[1] <= b.shape[1] else _onednn(b.T, a.T, None).T.contiguous()
 
@@ -57,7 +78,14 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _suits_onednn(x: Tensor, y: Tensor) -> bool:
-    return x.is_cpu and x.dtype == y.dtype and x.numel() > 0 and y.numel() > 0 and _has_onednn(x.dtype)
+    return (
+        x.is_cpu
+        and x.dtype == y.dtype
+        and x.numel() > 0
+        and y.numel() > 0
+        and onednn_is_faster(x.dtype)
+        and _has_onednn(x.dtype)
+    )
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import copy
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,6 +35,15 @@ SHAPES = {
     "many-rows": (300, 33),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+@pytest.fixture(scope="module", params=["plain", "onednn"], autouse=True)
+def library(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each library of float32 products in force, whichever is the faster one here."""
+    with pytest.MonkeyPatch.context() as patch:
+        onednn = request.param == "onednn"
+        patch.setattr(_product, "onednn_is_faster", lambda dtype: onednn or dtype != torch.float32)
+        yield request.param
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, out: int = 19, bias: bool = True) -> dict[str, Tensor | None]:
