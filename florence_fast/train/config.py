@@ -4,29 +4,32 @@ Section 2.2 of the paper trains in stages: on augmented texts, then without them
 a row here and nothing else, so a schedule can be read, stored in a checkpoint and compared.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from florence_fast.errors import did_you_mean, unknown
+from florence_fast.errors import did_you_mean, require_count, require_number, unknown
 
 PRECISIONS = ("fp32", "bf16", "fp16", "amp_bf16", "amp")
 LOSSES = ("unicl", "clip")
-
-
-def _require_count(name: str, value: object, at_least: int) -> None:
-    """Refuse what is not a whole number of at least ``at_least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
+SMALLEST_EPS = 2.0**-126
+"""The smallest normal number of fp32: a smaller `eps` may be 0 there, and AdamW divides 0 by it."""
 
 
 def _refuse_unknown_keys(cls: type, values: Mapping[str, Any]) -> None:
-    """Refuse keys that are no field of the dataclass ``cls``."""
+    """Refuse what is not a mapping from fields of the dataclass ``cls``."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{cls.__name__} must be given as names with values, got {values!r}")
     known = [field.name for field in fields(cls)]
     for key in values:
         if key not in known:
             raise ValueError(f"{cls.__name__} has no setting {key!r}{did_you_mean(str(key), known)}")
+
+
+def _require_bool(name: str, value: object) -> None:
+    """Refuse what is not True or False, such as the word "false" of a JSON file, which would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ class Stage:
         for name in ("steps", "image_size", "batch_size", "window_size"):
             value = getattr(self, name)
             if value is not None:
-                _require_count(f"Stage.{name}", value, at_least=1)
-        if self.peak_lr is not None and not 0 < self.peak_lr < math.inf:
-            raise ValueError(f"Stage.peak_lr must be a positive number, got {self.peak_lr!r}")
+                require_count(f"Stage.{name}", value, at_least=1)
+        if self.peak_lr is not None:
+            require_number("Stage.peak_lr", self.peak_lr, "be a positive number", lambda lr: lr > 0)
+        _require_bool("Stage.augment_text", self.augment_text)
 
 
 PAPER_STAGES = (
@@ -81,7 +85,7 @@ def paper_stages(total_steps: int) -> tuple[Stage, ...]:
     >>> [stage.steps for stage in paper_stages(1260)]
     [1000, 180, 80]
     """
-    _require_count("total_steps", total_steps, at_least=len(PAPER_STAGES))
+    require_count("total_steps", total_steps, at_least=len(PAPER_STAGES))
     whole = sum(stage.steps for stage in PAPER_STAGES)
     later = [max(1, round(total_steps * stage.steps / whole)) for stage in PAPER_STAGES[1:]]
     return tuple(
@@ -164,34 +168,47 @@ class TrainConfig:
         object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages:
             raise ValueError("stages must hold at least one Stage, got none")
+        for stage in self.stages:
+            if not isinstance(stage, Stage):
+                raise ValueError(f"stages must hold Stages, got {stage!r}")
         for name, known in (("precision", PRECISIONS), ("loss", LOSSES)):
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
         for name in ("batch_size", "log_every_n_steps", "keep_checkpoints", "pictures_per_text"):
-            _require_count(name, getattr(self, name), at_least=1)
+            require_count(name, getattr(self, name), at_least=1)
         for name in ("loss_chunk_size", "micro_batch_size", "save_every_steps"):
             if getattr(self, name) is not None:
-                _require_count(name, getattr(self, name), at_least=1)
-        for name in ("seed", "max_skipped_steps", "num_workers"):
-            _require_count(name, getattr(self, name), at_least=0)
-        for name in ("lr", "eps", "worker_timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
-        for name in ("keyword_prob", "template_prob", "max_bad_share", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"min_lr must lie in [0, lr={self.lr}], got {self.min_lr!r}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay!r}")
+                require_count(name, getattr(self, name), at_least=1)
+        for name in ("max_skipped_steps", "num_workers"):
+            require_count(name, getattr(self, name), at_least=0)
+        require_count("seed", self.seed, at_least=0, at_most=1 << 62)
+        for name in ("grad_checkpointing", "cache", "progress", "tensorboard"):
+            _require_bool(name, getattr(self, name))
+        if self.deterministic is not None:
+            _require_bool("deterministic", self.deterministic)
+        self._check_numbers()
         if self.warmup is not None:
-            _require_count("warmup", self.warmup, at_least=0)
+            require_count("warmup", self.warmup, at_least=0)
             if self.warmup > self.total_steps:
                 raise ValueError(f"warmup must not exceed the run's {self.total_steps} steps, got {self.warmup}")
-        if self.grad_clip_norm is not None and self.grad_clip_norm <= 0:
-            raise ValueError(f"grad_clip_norm must be positive or None, got {self.grad_clip_norm!r}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie between 0 and 1, or be None, got {self.ema_decay!r}")
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers out of range, NaN and Inf among them: with one of these the weights would end as NaN."""
+        for name in ("lr", "worker_timeout"):
+            require_number(name, getattr(self, name), "be a positive number", lambda x: x > 0)
+        smallest = f"be a number of at least {SMALLEST_EPS:.3g}, the smallest of fp32"
+        require_number("eps", self.eps, smallest, lambda eps: eps >= SMALLEST_EPS)
+        for name in ("keyword_prob", "template_prob", "max_bad_share"):
+            require_number(name, getattr(self, name), "lie in [0, 1]", lambda x: 0 <= x <= 1)
+        for name in ("beta1", "beta2"):
+            require_number(name, getattr(self, name), "lie in [0, 1)", lambda x: 0 <= x < 1)
+        require_number("min_lr", self.min_lr, f"lie in [0, lr={self.lr}]", lambda x: 0 <= x <= self.lr)
+        require_number("weight_decay", self.weight_decay, "be a number and not negative", lambda x: x >= 0)
+        if self.grad_clip_norm is not None:
+            require_number("grad_clip_norm", self.grad_clip_norm, "be positive or None", lambda x: x > 0)
+        if self.ema_decay is not None:
+            wanted = "lie between 0 and 1, or be None"
+            require_number("ema_decay", self.ema_decay, wanted, lambda x: 0 < x < 1)
 
     @property
     def total_steps(self) -> int:
@@ -224,6 +241,8 @@ class TrainConfig:
         """
         _refuse_unknown_keys(cls, values)
         stages = []
+        if not isinstance(values.get("stages", []), list | tuple):
+            raise ValueError(f"stages must be a list, got {values['stages']!r}")
         for stage in values.get("stages", ()):
             _refuse_unknown_keys(Stage, stage)
             stages.append(Stage(**stage))

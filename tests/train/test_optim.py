@@ -1,5 +1,6 @@
 """The groups of AdamW, the learning rate of every step, and what a config refuses."""
 
+import dataclasses
 import math
 
 import pytest
@@ -128,11 +129,43 @@ def test_config_survives_a_round_trip() -> None:
         ({"ema_decay": 1.0}, "ema_decay must lie between 0 and 1"),
         ({"stages": ()}, "stages must hold at least one Stage"),
         ({"grad_clip_norm": -1.0}, "grad_clip_norm must be positive or None"),
+        ({"beta1": 1.0}, "beta1 must lie in \\[0, 1\\), got 1.0"),
+        ({"eps": 1e-50}, "eps must be a number of at least 1.18e-38"),
+        ({"seed": 1 << 70}, "seed must be a whole number of at most"),
+        ({"cache": "false"}, "cache must be true or false, got 'false'"),
+        ({"stages": ({"steps": 1, "image_size": 8},)}, "stages must hold Stages, got {'steps'"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**{"stages": STAGES, **settings})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "0.1", True, [1.0], 1j])
+def test_no_number_of_a_config_is_nan_or_infinite_or_of_another_type(value: object) -> None:
+    """Every field that holds a float, found by its annotation, so that a new one is tested as well."""
+    names = [field.name for field in dataclasses.fields(TrainConfig) if field.type in (float, float | None)]
+    assert {"lr", "weight_decay", "grad_clip_norm", "ema_decay", "max_bad_share"} <= set(names)
+    for name in names:
+        with pytest.raises(ValueError, match=rf"{name} must .*, got "):
+            TrainConfig(**{"stages": STAGES, name: value})
+    with pytest.raises(ValueError, match=r"Stage\.peak_lr must be a positive number, got "):
+        Stage(steps=1, image_size=8, peak_lr=value)
+
+
+@pytest.mark.parametrize("value", [math.nan, 1.0, "1", True, [1]])
+def test_no_count_of_a_config_is_of_another_type(value: object) -> None:
+    counts = [field.name for field in dataclasses.fields(TrainConfig) if field.type in (int, int | None)]
+    assert {"batch_size", "seed", "save_every_steps"} <= set(counts)
+    for name in counts:
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            TrainConfig(**{"stages": STAGES, name: value})
+
+
+@pytest.mark.parametrize("values", [[], 3, {"stages": 3}, {"stages": [3]}, {"stages": {"steps": 1}}])
+def test_a_config_of_another_shape_is_refused(values: object) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        TrainConfig.from_dict(values)
 
 
 def test_an_unknown_setting_is_named_with_the_nearest() -> None:
