@@ -1,7 +1,6 @@
 """Files that appear whole or not at all."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from florence_fast.strict_json import format_json
 
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -73,13 +74,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        # A name that is not UTF-8 is a lone surrogate in Python: escaped, it costs nobody the file.
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Write ``value`` as indented JSON, as ``write_text`` does."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write ``value`` as indented JSON, as ``write_text`` does; NaN and infinities become null."""
+    return write_text(path, format_json(value, indent=2) + "\n")
 
 
 def _mode_of_a_new_file(folder: Path) -> int:

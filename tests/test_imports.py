@@ -8,7 +8,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # What each part of florence_fast may import from the rest of it. Leaves are free to all.
-LEAVES = {"errors", "env", "files", "on_import", "precision", "processor", "version", "provenance", "ranges", "timing"}
+LEAVES = {
+    "env",
+    "errors",
+    "files",
+    "on_import",
+    "precision",
+    "printable",
+    "processor",
+    "provenance",
+    "ranges",
+    "strict_json",
+    "text_files",
+    "timing",
+    "version",
+}
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
     "kernels": set(),
@@ -85,6 +99,12 @@ def test_a_file_imports_only_from_the_layers_below_it(path):
         elif names[0] == "florence_fast" and len(names) > 1 and names[1] in ALLOWED:
             allowed = ALLOWED[part] | LEAVES | {part}
             assert names[1] in allowed, f"{part} must not import {module}: it may import {sorted(allowed)}"
+
+
+def test_json_is_read_and_written_in_one_place():
+    """strict_json refuses what is nested too deeply and writes no NaN; nothing goes past it."""
+    users = [path for path in source_files() if "json" in imported_modules(path) and part_of(path) != "kernels"]
+    assert [path.name for path in users] == ["strict_json.py"]
 
 
 def test_the_package_itself_needs_neither_torch_nor_triton():

@@ -1,6 +1,5 @@
 """``florence-fast evaluate zero-shot | retrieval``: figures for a model on pictures with texts."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +16,7 @@ from florence_fast.cli.usage import (
     refusals_as_wrong_usage,
 )
 from florence_fast.files import write_json
+from florence_fast.strict_json import format_json
 
 if TYPE_CHECKING:
     from florence_fast.data.pairs import PairSource
@@ -127,6 +127,6 @@ def _report(
     out: Path | None, task: str, data: str, model: str, pretrained: str | None, figures: dict[str, Any]
 ) -> None:
     record = {"task": task, "data": data, "model": model, "pretrained": pretrained, **figures}
-    print(json.dumps(record, indent=2))
+    print(format_json(record, indent=2))
     if out is not None:
         write_json(out, record)

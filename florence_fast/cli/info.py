@@ -1,6 +1,5 @@
 """``florence-fast info``: what is installed, what is there to run on, and what each op would do about it."""
 
-import json
 from typing import Annotated
 
 import typer
@@ -8,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from florence_fast.cli.usage import refusals_as_wrong_usage
+from florence_fast.strict_json import format_json
 
 
 def command(
@@ -22,7 +22,7 @@ def command(
     with refusals_as_wrong_usage():
         facts = collect()
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(format_json(facts, indent=2))
         return
     console = Console(markup=False, highlight=False)
     for title, rows in facts.items():

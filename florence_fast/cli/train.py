@@ -5,7 +5,6 @@ what is not given keeps the value that the file of ``--config``, or else ``Train
 """
 
 import dataclasses
-import json
 import os
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from florence_fast.cli.usage import (
     refusals_as_wrong_usage,
     refuse_earlier_run,
 )
+from florence_fast.text_files import read_json
 
 if TYPE_CHECKING:
     from florence_fast.train import TrainConfig
@@ -137,7 +137,7 @@ def _config(
     """Join the file's settings, the given flags, and what follows from epochs and accumulation."""
     from florence_fast.train import TrainConfig
 
-    settings = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    settings = read_json(file) if file else {}
     if epochs and steps:
         raise WrongUsage("--epochs and --steps are two ways to say one length: give one of them")
     if "stages" in settings and (epochs or steps):

@@ -8,7 +8,6 @@ others. Indices and masks in a file are dropped, and computed anew where the rea
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from florence_fast.models.pretrained import Checkpoint, match_state, read_tensor
 from florence_fast.models.registry import config_from_dict, get_model_config
 from florence_fast.models.saving import CONFIG_KEY, CONFIG_NAME, WEIGHTS_NAME
 from florence_fast.models.text import TextTower
+from florence_fast.strict_json import format_json
 
 Config = FlorenceConfig | ImageConfig | TextConfig
 
@@ -320,7 +320,7 @@ def _write(out: Path, state: State, config: Config, to: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}
     if to == "florence_fast":
-        metadata[TEXT_CONFIG_KEY if isinstance(config, TextConfig) else CONFIG_KEY] = json.dumps(values)
+        metadata[TEXT_CONFIG_KEY if isinstance(config, TextConfig) else CONFIG_KEY] = format_json(values)
     with replacing(file) as beside:
         # copies, because tensors that share memory (the thirds of a qkv) cannot be written
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, beside, metadata=metadata)

@@ -5,11 +5,11 @@ averages over ``OPENAI_IMAGENET_TEMPLATES`` (80) or ``SIMPLE_IMAGENET_TEMPLATES`
 ``IMAGENET_CLASSNAMES`` are CLIP's, kept in zero_shot_metadata.json.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from florence_fast.data.pairs import PairText
+from florence_fast.text_files import read_json
 
 
 class Template(str):
@@ -30,7 +30,7 @@ def _templates(sentences: list[str]) -> tuple[Template, ...]:
     return tuple(Template(sentence) for sentence in sentences)
 
 
-_METADATA = json.loads(Path(__file__).with_name("zero_shot_metadata.json").read_text(encoding="utf-8"))
+_METADATA = read_json(Path(__file__).with_name("zero_shot_metadata.json"))
 
 PAPER_TEMPLATES = _templates(["a photo of the {}", "a cropped photo of {}"])
 TRAIN_TEMPLATES = PAPER_TEMPLATES + _templates(

@@ -7,7 +7,6 @@ read. A plain tar is read in place; a ``.tar.gz`` has no places to jump to and i
 
 import io
 import itertools
-import json
 import logging
 import re
 import tarfile
@@ -20,6 +19,7 @@ from PIL import Image
 
 from florence_fast.data.pairs import PairSource, PairText
 from florence_fast.data.pictures import MAX_PIXELS, open_picture
+from florence_fast.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class TarPairs(PairSource):
         return f"{self.paths[self.samples[index].shard]}: {self.samples[index].key}"
 
     def _record(self, index: int) -> dict:
-        record = json.loads(self._read(index, "json"))
+        record = parse_json(self._read(index, "json"), "its json")
         if not isinstance(record, dict):
             raise ValueError(f"its json is not an object but {type(record).__name__}")
         return record

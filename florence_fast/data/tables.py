@@ -1,7 +1,6 @@
 """Pairs listed in a table: CSV, TSV, or JSON objects one a line."""
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image
 from florence_fast.data.pairs import PairSource, PairText
 from florence_fast.data.pictures import open_picture
 from florence_fast.errors import did_you_mean
+from florence_fast.strict_json import parse_json
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
@@ -101,9 +101,9 @@ def _row(number: int, picture: Any, text: Any, short_name: Any = None, keywords:
 
 def _json_row(number: int, line: str, img_key: str, caption_key: str) -> Row:
     try:
-        record = json.loads(line)
+        record = parse_json(line, "the line")
     except ValueError as error:
-        return Row(number, fault=f"not JSON: {error}")
+        return Row(number, fault=str(error))
     if not isinstance(record, dict):
         return Row(number, fault=f"not a JSON object but {type(record).__name__}")
     picture = record.get(img_key, record.get("image"))

@@ -4,7 +4,6 @@
 held-out artist and writes a folder that explains itself.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from florence_fast.evaluate.features import encode_images, evaluation_transform
 from florence_fast.files import write_json
 from florence_fast.models import create_model, get_tokenizer
 from florence_fast.provenance import provenance
+from florence_fast.strict_json import parse_json
+from florence_fast.text_files import read_json, read_lines
 from florence_fast.train.engine import Trainer
 
 __all__ = ["run"]
@@ -125,14 +126,14 @@ def run(
 
 def read_history(path: Path) -> list[dict[str, Any]]:
     """Read the run's records, those of training and those of evaluation, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [parse_json(line, str(path)) for line in read_lines(path)]
 
 
 def read_baseline() -> dict[str, Any] | None:
     """Read the recorded run with CLIP's loss, or None where the package stands without its repository."""
     if not BASELINE.is_file():
         return None
-    recorded = json.loads(BASELINE.read_text(encoding="utf-8"))
+    recorded = read_json(BASELINE)
     wanted = ("recipe", "zero_shot", "retrieval", "seconds", "steps", "command", "commit", "date")
     return {key: recorded[key] for key in wanted}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import pickle
@@ -21,6 +20,8 @@ from florence_fast.models.layouts import State, to_our_layout, unwrap
 from florence_fast.models.saving import CONFIG_KEY, CONFIG_NAME, WEIGHTS_NAME
 from florence_fast.models.swin_block import WindowAttention
 from florence_fast.models.tower import ImageTower
+from florence_fast.strict_json import parse_json
+from florence_fast.text_files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Checkpoint:
         beside = path / CONFIG_NAME
         found = read_tensors(path / WEIGHTS_NAME)
         if found.config is None and beside.is_file():
-            return Checkpoint(found.path, found.state, json.loads(beside.read_text(encoding="utf-8")))
+            return Checkpoint(found.path, found.state, read_json(beside))
         return found
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -106,7 +107,7 @@ def _read_safetensors(path: Path) -> Checkpoint:
             config = (file.metadata() or {}).get(CONFIG_KEY)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    return Checkpoint(path, unwrap(state), json.loads(config) if config else None)
+    return Checkpoint(path, unwrap(state), parse_json(config, f"the configuration in {path}") if config else None)
 
 
 def _read_pickled(path: Path) -> Checkpoint:

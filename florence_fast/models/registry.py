@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from florence_fast.errors import unknown
 from florence_fast.models.config import FlorenceConfig, ImageConfig, TextConfig
+from florence_fast.text_files import read_json
 
 ModelConfig = FlorenceConfig | ImageConfig
 
@@ -56,7 +56,7 @@ def add_model_config(path: str | Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"no model configuration at {path}")
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        register_model_config(file.stem, config_from_dict(json.loads(file.read_text())))
+        register_model_config(file.stem, config_from_dict(read_json(file)))
 
 
 def config_from_dict(values: dict) -> ModelConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 
 from florence_fast.files import replacing, write_json
+from florence_fast.strict_json import format_json
 
 CONFIG_KEY = "florence_fast_config"
 WEIGHTS_NAME = "model.safetensors"
@@ -34,7 +34,7 @@ class SavePretrained:
         directory.mkdir(parents=True, exist_ok=True)
         config = self.config.to_dict()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        metadata = {"format": "pt", CONFIG_KEY: json.dumps(config)}
+        metadata = {"format": "pt", CONFIG_KEY: format_json(config)}
         with replacing(directory / WEIGHTS_NAME) as beside:
             save_file(tensors, beside, metadata=metadata)
         write_json(directory / CONFIG_NAME, config)

@@ -5,7 +5,6 @@ has measured has another name and is never read. Processes may write at the same
 """
 
 import hashlib
-import json
 import os
 import re
 import warnings
@@ -22,6 +21,8 @@ from florence_fast.files import write_json
 from florence_fast.kernels.configs import Config
 from florence_fast.kernels.targets import target_of
 from florence_fast.provenance import kernel_sources
+from florence_fast.strict_json import format_json
+from florence_fast.text_files import read_json
 
 Entries = dict[str, dict[str, dict[str, Any]]]
 
@@ -49,7 +50,7 @@ class MeasuredConfigs:
     def _read(self) -> Entries:
         """Return what the file holds; nothing, with a warning, if that is no table."""
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))["table"]
+            found = read_json(self.path)["table"]
             return {kernel: {key: _checked(entry) for key, entry in keys.items()} for kernel, keys in found.items()}
         except (FileNotFoundError, NotADirectoryError):
             return {}
@@ -107,7 +108,7 @@ def measured_configs(device: torch.device) -> MeasuredConfigs:
     if (folder, device) not in _known:
         facts = facts_of(device)
         words = re.sub(r"\W+", "_", facts["device"].lower()).strip("_")
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(format_json(facts, sort_keys=True).encode()).hexdigest()[:12]
         path = Path(folder).expanduser() / "configs" / f"{words}-{digest}.json"
         _known.setdefault((folder, device), MeasuredConfigs(path, facts))
     return _known[folder, device]

@@ -1,6 +1,5 @@
 """The training loop: stages, steps, intervals, checkpoints, and what happens when a step goes wrong (section 2.2)."""
 
-import json
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from florence_fast.data.loader import Batch, PairLoader
 from florence_fast.models.saving import CONFIG_KEY
 from florence_fast.ranges import annotate, annotated
+from florence_fast.strict_json import format_json
 from florence_fast.train.checkpoint import CheckpointStore
 from florence_fast.train.config import Stage, TrainConfig
 from florence_fast.train.counters import Counters
@@ -324,7 +324,7 @@ class Trainer:
         """Write the weights for use, with the model's configuration inside: the moving average where one is kept."""
         weights = {**self.model.state_dict(), **(self.ema.average if self.ema is not None else {})}
         tensors = {name: weight.cpu().contiguous() for name, weight in weights.items()}
-        save_file(tensors, path, metadata={"format": "pt", CONFIG_KEY: json.dumps(self.model.config.to_dict())})
+        save_file(tensors, path, metadata={"format": "pt", CONFIG_KEY: format_json(self.model.config.to_dict())})
 
     def _resume(self, resume: str | os.PathLike[str] | None) -> Path | None:
         """Find the checkpoint that ``resume`` means and take it over; return its path."""

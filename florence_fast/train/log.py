@@ -4,7 +4,6 @@ The folders are open_clip's: ``out.log``, ``params.txt`` and ``tensorboard/`` in
 beside the checkpoints.
 """
 
-import json
 import logging
 import math
 import os
@@ -18,6 +17,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from florence_fast.files import write_text
+from florence_fast.printable import printable
+from florence_fast.strict_json import format_json, parse_json
 
 logger = logging.getLogger(__name__)
 _PACKAGE = logging.getLogger("florence_fast")
@@ -63,7 +64,7 @@ def truncate_results(path: Path, step: int) -> int:
 def _step_of(line: str) -> float:
     """Read a record's step; what is no record counts as after every step."""
     try:
-        return json.loads(line)["step"]
+        return parse_json(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
 
@@ -151,7 +152,7 @@ class RunLog:
         self._earlier_level = _PACKAGE.level
         if enabled:
             self.results_path.parent.mkdir(parents=True, exist_ok=True)
-            self._attach(logging.FileHandler(out_dir / "out.log", encoding="utf-8"))
+            self._attach(logging.FileHandler(out_dir / "out.log", encoding="utf-8", errors="backslashreplace"))
             if progress and not logging.getLogger().handlers:
                 self._attach(_AboveBar())
             if _PACKAGE.getEffectiveLevel() > logging.INFO:
@@ -189,8 +190,7 @@ class RunLog:
     def record(self, record: Mapping[str, Any]) -> None:
         """Append a line to ``results.jsonl``, with its key "step"; NaN and Inf, which JSON lacks, become null."""
         if self.enabled:
-            plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            self._results.write(json.dumps(plain) + "\n")
+            self._results.write(format_json(record) + "\n")
             self._results.flush()
 
     def sync(self) -> None:
@@ -213,9 +213,16 @@ class RunLog:
         _PACKAGE.setLevel(self._earlier_level)
 
     def _attach(self, handler: logging.Handler) -> None:
-        handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S"))
+        handler.setFormatter(_OnePerLine("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S"))
         _PACKAGE.addHandler(handler)
         self._handlers.append(handler)
+
+
+class _OnePerLine(logging.Formatter):
+    """Escape what could act on a terminal: names and captions in a message come from the data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 class _AboveBar(logging.Handler):

@@ -1,6 +1,5 @@
 """What makes two runs equal to the bit: deterministic algorithms, seeds by step, and generators that can be stored."""
 
-import json
 import logging
 import platform
 from collections.abc import Iterator, Mapping
@@ -9,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from florence_fast.strict_json import format_json, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def rng_state(generators: Mapping[str, np.random.Generator]) -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": {name: json.dumps(_plain(g.bit_generator.state)) for name, g in generators.items()},
+        "numpy": {name: format_json(_plain(g.bit_generator.state)) for name, g in generators.items()},
     }
 
 
@@ -67,7 +68,7 @@ def set_rng_state(state: Mapping[str, Any], generators: Mapping[str, np.random.G
     if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
     for name, text in state["numpy"].items():
-        generators[name].bit_generator.state = _arrays(json.loads(text))
+        generators[name].bit_generator.state = _arrays(parse_json(text))
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, str | int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from florence_fast.compat.accelerate import accelerate
 from florence_fast.data.tokenizer import Tokenizer
 from florence_fast.errors import require, unknown
 from florence_fast.models.factory import LOCAL_DIR, PRECISIONS
+from florence_fast.text_files import read_json
 
 EXTRA = "open_clip"
 HF_HUB = "hf-hub:"
@@ -191,7 +191,7 @@ def add_model_config(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        if file.is_file() and "vision_cfg" in json.loads(file.read_text(encoding="utf-8")):
+        if file.is_file() and "vision_cfg" in read_json(file):
             _require().add_model_config(file)
         else:
             models.add_model_config(file)
