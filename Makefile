@@ -18,9 +18,13 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+JOBS ?= $(shell nproc)
 
 BIN := .venv/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+# One process a core, each with one thread: threads of two tests that wait for one core slow both down.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses $(JOBS) --dist loadscope
 
 .PHONY: demo demo-long test test-all lint native sanitize amx compat budget bench bench-cpu gpu report clean
 
@@ -31,10 +35,10 @@ demo-long: native
 	$(BIN)/florence-fast demo --long --resume --out runs/demo-long
 
 test: native
-	$(BIN)/python -m pytest --quiet -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: native
-	$(BIN)/python -m pytest --quiet -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 native: .venv/ready
 	$(BIN)/python setup.py --quiet build_ext --inplace

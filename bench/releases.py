@@ -228,7 +228,7 @@ def run_tests(environment: Environment) -> dict[str, Any]:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "--quiet", "--continue-on-collection-errors", "-m", "not gpu"]
         done = subprocess.run(
-            [*command, "-p", "no:cacheprovider", f"--junitxml={report}", *map(str, files)],
+            [*command, f"--rootdir={TESTS}", "-p", "no:cacheprovider", f"--junitxml={report}", *map(str, files)],
             cwd=ROOT,
             env=_surroundings(environment),
             stdout=subprocess.PIPE,

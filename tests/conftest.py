@@ -25,6 +25,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send the counts of a worker of pytest-xdist to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["counts"] = dict(session.config.stash[COUNTS])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add the counts of a worker; the number of ops is the same in all of them."""
+    counts = node.config.stash[COUNTS]
+    for words, number in getattr(node, "workeroutput", {}).get("counts", {}).items():
+        counts[words] = number if words == "ops" else counts[words] + number
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Say how many ops there are, how often one was checked, and how many kernels were compiled."""
     counts = config.stash[COUNTS]

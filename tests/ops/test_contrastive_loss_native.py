@@ -19,13 +19,13 @@ from florence_fast.ops.contrastive_loss import (
     contrastive_statistics_reference,
     positive_weight,
 )
-from tests.ops.test_contrastive_loss import inputs, with_gradients
+from tests.ops.rounding import assert_as_exact
+from tests.ops.test_contrastive_loss import NAMES, inputs, with_gradients
 
 pytestmark = [
     pytest.mark.native,
     pytest.mark.skipif(native.extension() is None, reason="the native extension was not built"),
 ]
-NAMES = ("loss", "du", "dv", "dscale")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # id: (B, D, distinct labels or None for CLIP, chunk_size)
@@ -100,14 +100,18 @@ def test_statistics_of_some_rows_against_all_columns(num_rows: int, num_cols: in
     col_labels = torch.randint(10, (num_cols,))
     row_labels = col_labels[torch.randint(num_cols, (num_rows,))]
     results = []
-    for function, dtype in ((contrastive_statistics, torch.float32), (contrastive_statistics_reference, torch.float64)):
+    for function, dtype in (
+        (contrastive_statistics, torch.float32),
+        (contrastive_statistics_reference, torch.float32),
+        (contrastive_statistics_reference, torch.float64),
+    ):
         leaves = [x.to(dtype).requires_grad_() for x in (rows, cols, scale)]
         weight = positive_weight(row_labels, col_labels, dtype)
         statistics = function(*leaves, row_labels, col_labels, weight)
         total = sum((x.clamp(min=-1e4) * torch.linspace(-1, 2, len(x), dtype=dtype)).sum() for x in statistics)
         results.append([*statistics, *torch.autograd.grad(total, leaves)])
-    for x, y in zip(*results, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+    for found in zip(*results, strict=True):
+        assert_as_exact(*found)
 
 
 def test_nan_is_not_lost(level: str) -> None:

@@ -23,6 +23,7 @@ from torch.export import Dim
 from florence_fast import native, ops
 from florence_fast.ops import _backend, _deform_conv2d_torch
 from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
+from tests.ops.rounding import relative_error
 
 FORWARD = torch.ops.florence_fast.deform_conv2d.default
 BACKWARD = torch.ops.florence_fast.deform_conv2d_backward.default
@@ -140,10 +141,6 @@ def plainly(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dil
     result = weight.flatten(1).unflatten(0, (columns.shape[1], -1)) @ columns
     result = result.flatten(1, 2).unflatten(2, out)
     return result if bias is None else result + bias[:, None, None]
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 def wave(*shape: int, step: float, scale: float = 1.0) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 from florence_fast import native
 from florence_fast.ops import _deform_conv2d_native
 from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
-from tests.ops.test_deform_conv2d import BACKWARD, CASES, FORWARD, Case, grad_like, plainly, relative_error, run
+from tests.ops.rounding import relative_error
+from tests.ops.test_deform_conv2d import BACKWARD, CASES, FORWARD, Case, grad_like, plainly, run
 
 pytestmark = [
     pytest.mark.native,

@@ -18,7 +18,8 @@ from torch import Tensor
 from florence_fast import ops
 from florence_fast.ops import _backend
 from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
-from tests.ops.test_deform_conv2d import Case, grad_like, plainly, relative_error, run
+from tests.ops.rounding import assert_as_exact, relative_error
+from tests.ops.test_deform_conv2d import Case, grad_like, plainly, run
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
 """Errors below this are rounding in whatever order, and are not compared."""
@@ -77,9 +78,11 @@ def test_every_sample_on_one_pixel(device: str) -> None:
         offset[:, :, 0] = 2.25 - grid[:, None] - tap[:, None, None, None]
         offset[:, :, 1] = 3.5 - grid - tap[None, :, None, None]
     grad_out = torch.randn(1, 6, 6, 6, device=device)
-    ours, exact = (run(f, tensors, values, grad_out) for f in (kernels, deform_conv2d_reference))
+    ours, usual = (run(f, tensors, values, grad_out) for f in (kernels, deform_conv2d_reference))
+    in_f64 = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+    exact = run(deform_conv2d_reference, in_f64, values, grad_out.double())
     for name, x in exact.items():
-        torch.testing.assert_close(ours[name], x, rtol=1e-4, atol=1e-4, msg=name)
+        assert_as_exact(ours[name], usual[name], x, name)
     assert ours["dinput"].count_nonzero() == 4 * 4
 
 

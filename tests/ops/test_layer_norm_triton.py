@@ -18,6 +18,7 @@ from torch import Tensor
 from florence_fast import ops
 from florence_fast.kernels import layer_norm as kernels_file
 from florence_fast.kernels.configs import Config
+from tests.ops.rounding import assert_as_exact, relative_error
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
 """Errors below this are rounding in whatever order, and are not compared."""
@@ -103,10 +104,6 @@ def run(function: Any, tensors: dict[str, Tensor], grads_out: list[Tensor], **op
 
 def grads_for(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [torch.randn(case.shape, device=device).to(dtype) for _ in range(1 + case.residual)]
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 def check(case: Case, dtype: torch.dtype, device: str, weights: torch.dtype = torch.float32) -> None:
@@ -213,10 +210,11 @@ def test_a_float32_stream_beside_a_16_bit_branch(device: str) -> None:
     exact = {n: x.detach().double().requires_grad_(x.requires_grad) for n, x in tensors.items()}
     grads_out = grads_for(case, torch.float32, device)
     got, wanted = run(kernels, tensors, grads_out), run(ops.layer_norm_reference, exact, grads_out)
+    usual = run(plainly, {n: x.detach().float().requires_grad_(x.requires_grad) for n, x in tensors.items()}, grads_out)
     assert got["sum"].dtype == got["norm"].dtype == got["dresidual"].dtype == torch.float32
     assert got["dx"].dtype == torch.float16
     for name, x in wanted.items():
-        torch.testing.assert_close(got[name].double(), x, rtol=1e-3 if name == "dx" else 1e-5, atol=1e-4, msg=name)
+        assert_as_exact(got[name], usual[name], x, name)
 
 
 def test_a_norm_of_another_dtype_than_the_sum(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from florence_fast import ops
 from florence_fast.kernels import bias_activation as kernels_file
+from tests.ops.rounding import relative_error
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
 """Errors below this are rounding in whatever order, and are not compared."""
@@ -81,10 +82,6 @@ def run(function: Any, tensors: dict, grad_out: Tensor, **options: Any) -> dict[
     wanted = {name: x for name, x in tensors.items() if x is not None and x.requires_grad}
     grads = torch.autograd.grad(out, list(wanted.values()), grad_out.to(out.dtype))
     return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)}}
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:

@@ -20,6 +20,7 @@ from florence_fast import ops
 from florence_fast.kernels import patch_merging as patch_merging_kernels
 from florence_fast.ops import _patch_merging_torch
 from florence_fast.ops.patch_merging import patch_merging, patch_merging_reference
+from tests.ops.rounding import relative_error
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
 """Errors below this are rounding in whatever order, and are not compared."""
@@ -89,10 +90,6 @@ def run(function: Any, tensors: dict[str, Tensor], grad_out: Tensor) -> dict[str
     out = function(**tensors)
     grads = torch.autograd.grad(out, list(tensors.values()), grad_out.to(out.dtype))
     return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)}}
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from florence_fast import ops
 from florence_fast.kernels.targets import H200, assume
+from tests.ops.rounding import relative_error
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,6 @@ def kernels(**kwargs: Any) -> Tensor:
 def definition(tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
     exact = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
     return run(ops.sigmoid_loss_reference, exact, options)
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:

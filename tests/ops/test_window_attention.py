@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from florence_fast import ops
 from florence_fast.ops import _window_attention_torch
+from tests.ops.rounding import relative_error
 
 HEADS, HEAD_DIM = 2, 3
 
@@ -124,10 +125,6 @@ def gradients(function, tensors: dict[str, Tensor], values: dict[str, Any], grad
     out = function(**tensors, **values)
     grads = torch.autograd.grad(out, list(wanted.values()), grad_out, materialize_grads=True)
     return dict(zip(wanted, grads, strict=True))
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    return ((x.double() - exact).norm() / exact.norm()).item()
 
 
 @cases

@@ -29,6 +29,7 @@ from florence_fast.ops._windows import (
     offset_index,
     partition,
 )
+from tests.ops.rounding import assert_as_exact, relative_error
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
 """Errors below this are rounding in whatever order, and are not compared."""
@@ -144,10 +145,6 @@ def kernels(**kwargs: Any) -> Tensor:
         return ops.window_attention(**kwargs)
 
 
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
-
-
 def gradient_of(tensors: dict[str, Tensor], case: Case) -> Tensor:
     """Draw a gradient of the result."""
     qkv = tensors["qkv"]
@@ -245,7 +242,8 @@ def test_a_zero_vector_has_no_direction() -> None:
         tensors["qkv"][0, 1, 2] = 0
     ours = kernels(**tensors, **values)
     exact = ops.window_attention_reference(**{n: x.double() for n, x in tensors.items()}, **values)
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
+    usual = ops.window_attention_reference(**tensors, **values)
+    assert_as_exact(ours, usual, exact)
 
 
 def test_a_bias_of_minus_infinity_hides(device: str) -> None:
@@ -256,8 +254,9 @@ def test_a_bias_of_minus_infinity_hides(device: str) -> None:
     grad_out = torch.randn(1, 2, 10, 10, 16, device=device)
     exact = run(ops.window_attention_reference, {n: x.detach().double().requires_grad_() for n, x in tensors.items()},
                 values, grad_out.double())  # fmt: skip
+    usual = run(ops.window_attention_reference, tensors, values, grad_out)
     for name, x in run(kernels, tensors, values, grad_out).items():
-        torch.testing.assert_close(x.double(), exact[name], rtol=1e-4, atol=1e-5, msg=name)
+        assert_as_exact(x, usual[name], exact[name], name)
 
 
 @pytest.mark.parametrize("name", ["video-ragged-filled", "cosine-ragged-filled"])

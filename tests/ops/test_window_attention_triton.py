@@ -18,6 +18,7 @@ from torch import Tensor
 from florence_fast import ops
 from florence_fast.ops import _window_attention_triton
 from florence_fast.ops._windows import blocked_pairs, crop, cut_map, merge, offset_index, partition
+from tests.ops.rounding import relative_error
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
 """Errors below this are rounding in whatever order, and are not compared."""
@@ -114,10 +115,6 @@ def kernels(**kwargs: Any) -> Tensor:
 
 def plainly(qkv, rel_pos_bias_table=None, bias=None, qkv_bias=None, **values) -> Tensor:
     return plain(qkv, rel_pos_bias_table, bias, qkv_bias, values)
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    return ((x.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
