@@ -59,7 +59,7 @@ compat: native
 
 budget: .venv/ready
 	$(BIN)/python -m bench.budget --full --check --require-both --json bench/results/budget.json --picture docs
-	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.page
 	$(BIN)/python -m bench.queue
 
 bench: native

@@ -1,1 +1,1 @@
-"""Benchmarks: what is timed, against what, and the results that the tables in the README are generated from."""
+"""Benchmarks: what is timed, against what, and the results that the tables of docs/benchmarks.md are generated from."""

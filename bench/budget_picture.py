@@ -80,7 +80,7 @@ PICTURES = {
 
 
 def shown(row: dict[str, Any]) -> bool:
-    """Whether a case of another op stands in the README: one size of each form, if a floor is promised for it."""
+    """Whether a case of another op is shown on the page: one size of each form, if a floor is promised for it."""
     limits = row["limits"]
     promised = limits["of_memory"] is not None or limits["tensor_share"] is not None
     return row["tier"] == "quick" and promised

@@ -18,16 +18,15 @@ from typing import Any
 
 import torch
 
-from bench import native_table, readme
+from bench import native_table, page
 from bench.cpu_rows.base import CPU
 from bench.machine import Clock, facts, sources, version
 from bench.native_rows import rows_of_a_block, start, step, threads, towers, windows
 from bench.native_rows.base import Run
 from bench.store import Store
 from florence_fast import native
-from florence_fast.files import write_text
 
-DOCS = readme.ROOT / "docs"
+DOCS = page.ROOT / "docs"
 SUBJECTS = {
     "windows": windows,
     "rows": rows_of_a_block,
@@ -117,7 +116,7 @@ def _run(name: str, options: argparse.Namespace, folder: Path, clock: Clock) -> 
 
 
 def _report(path: Path, folder: Path, rehearsed: bool) -> None:
-    """Print the table, draw it, and let the README say the same if the results are its own."""
+    """Print the table, draw it, and write the page if the results are its own."""
     table = native_table.read(path)
     if table is None:
         return
@@ -127,8 +126,7 @@ def _report(path: Path, folder: Path, rehearsed: bool) -> None:
     else:
         print(f"drawn: {native_table.draw(table, DOCS if kept else folder / 'docs')}")
     if kept and not rehearsed:
-        write_text(readme.README, readme.fill(readme.README.read_text(encoding="utf-8")))
-        print(f"written: {readme.README}")
+        print(f"written: {page.write()}")
     native_table.show(table)
 
 

@@ -22,7 +22,7 @@ from bench.machine import Clock, facts, sources
 from bench.report_tables import Sheet, milliseconds
 from bench.store import Row, Store
 from florence_fast import compat, native
-from florence_fast.files import replacing, write_text
+from florence_fast.files import replacing
 from florence_fast.timing import time_calls
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,9 +74,9 @@ def main(args: list[str] | None = None) -> int:
     rows = list(store.rows.values())
     print(f"\n{sheet(rows).markdown()}\n\ndrawn: {draw(rows, DOCS if folder == RESULTS else folder)}")
     if folder == RESULTS:
-        from bench import readme  # which writes this table, too
+        from bench import page  # which writes this table, too
 
-        write_text(readme.README, readme.fill(readme.README.read_text(encoding="utf-8")))
+        page.write()
     return int(any(row["status"] == "error" or not row.get("within", True) for row in rows))
 
 
@@ -164,12 +164,12 @@ def sheet(rows: list[Row]) -> Sheet:
     return Sheet(_machine(rows[0]) if rows else "nothing measured", HEAD, lines)
 
 
-def readme_text(folder: Path) -> str:
-    """Return what stands in the README: a table for each instruction set that was measured."""
+def page_text(folder: Path) -> str:
+    """Return what docs/benchmarks.md shows: a table for each instruction set that was measured."""
     parts = []
     for path in sorted(folder.glob("dropin-*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        picture = f"![How many times as fast each model is](docs/{_picture(rows)})"
+        picture = f"![How many times as fast each model is]({_picture(rows)})"
         parts += [f"{_machine(rows[0])}; medians of turns, `{path.name}`.", sheet(rows).markdown(), picture]
     return "\n\n".join(parts) or "Not measured yet."
 

@@ -1,4 +1,4 @@
-"""The goals of the native CPU backend beside what ``bench.cpu_native`` measured: a table, a picture, the README's part.
+"""The goals of the native CPU backend beside what ``bench.cpu_native`` measured: a table, a picture, the page's part.
 
 A comparison counts with the fastest of those that a goal names, over ours; a goal is held to the worst of its
 comparisons.
@@ -243,17 +243,17 @@ def sheet(table: Table) -> Sheet:
     return Sheet(table.machine, HEAD, rows)
 
 
-def readme_text(tables: list[Table]) -> str:
-    """Return what stands in the README: a table for each instruction set."""
+def page_text(tables: list[Table]) -> str:
+    """Return what docs/benchmarks.md shows: a table for each instruction set."""
     parts = []
     for table in tables:
         parts.append(f"{table.machine}; medians of turns, `{table.path.name}`.")
-        parts += [sheet(table).markdown(), f"![Each goal, and the part of it that is reached](docs/{table.picture})"]
+        parts += [sheet(table).markdown(), f"![Each goal, and the part of it that is reached]({table.picture})"]
     return "\n\n".join(parts) or f"{NOT_MEASURED.capitalize()}."
 
 
 def show(table: Table) -> None:
-    """Print the table; where rich is missing, as it stands in the README."""
+    """Print the table; where rich is missing, as docs/benchmarks.md shows it."""
     found = sheet(table)
     if importlib.util.find_spec("rich") is None:
         print(f"{found.title}\n\n{found.markdown()}")

@@ -3,8 +3,8 @@
 Every row of ENVIRONMENTS is one release: the oldest, the newest, and those between that a library changed its Swin
 with. Its packages go into a folder of ``build/compat``, once; a child process finds them there before those of the
 environment that this runs in, and runs the tests of ``tests/compat`` that are about the library. What they said goes to
-``bench/results/compat.json`` and from there into the README. The exit code is 1 if a test failed, or if one of the
-files ended without a test that passed: a library that cannot be imported skips them all.
+``bench/results/compat.json`` and from there into docs/benchmarks.md. The exit code is 1 if a test failed, or if one of
+the files ended without a test that passed: a library that cannot be imported skips them all.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SHOWN = {
     "timm": ("torchvision",),
     "open_clip_torch": ("timm", "torchvision"),
 }
-"""What of that the README shows, by library."""
+"""What the page shows of that, by library."""
 HEAD = ["library", "release", "which is", "with", "passed", "skipped", "failed"]
 
 
@@ -134,11 +134,11 @@ def main(args: list[str] | None = None) -> int:
             # In the table's order, without the releases that it no longer has.
             kept = [rows[one.name] for one in ENVIRONMENTS if one.name in rows]
             write_json(path, {"seconds": round(sum(row["seconds"] for row in kept)), "rows": kept})
-    print(f"\n{readme_text(options.out)}")
+    print(f"\n{page_text(options.out)}")
     if options.out == RESULTS:
-        from bench import readme  # which writes this table, too
+        from bench import page  # which writes this table, too
 
-        write_text(readme.README, readme.fill(readme.README.read_text(encoding="utf-8")))
+        page.write()
     return int(any(rows[one.name]["broken"] for one in chosen) or not chosen)
 
 
@@ -302,8 +302,8 @@ def _run(command: list[str], variables: dict[str, str], what: str) -> str:
     return done.stdout
 
 
-def readme_text(folder: Path) -> str:
-    """Return what stands in the README: the releases that were tested, and how it ended."""
+def page_text(folder: Path) -> str:
+    """Return what docs/benchmarks.md shows: the releases that were tested, and how it ended."""
     rows = read(folder / "compat.json")
     if not rows:
         return "Not tested yet."

@@ -1,7 +1,7 @@
 """Draw and write what was measured: ``python -m bench.report``; ``--check`` only compares.
 
-It reads every results JSON, draws pictures into ``docs``, writes ``bench/results/REPORT.md`` and the README's tables,
-and prints the tables.
+It reads every results JSON, draws pictures into ``docs``, writes ``bench/results/REPORT.md`` and the tables
+of docs/benchmarks.md, and prints the tables.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from bench import native_table, readme
+from bench import native_table, page
 from bench.anchors import Anchors, load_anchors
 from bench.goals import judge_all
 from bench.report_pictures import draw
@@ -17,8 +17,8 @@ from bench.report_rows import Device, read_devices
 from bench.report_tables import facts_sheet, goals_sheet, op_sheet, report_text
 from florence_fast.files import write_text
 
-RESULTS = readme.RESULTS
-DOCS = readme.ROOT / "docs"
+RESULTS = page.RESULTS
+DOCS = page.ROOT / "docs"
 
 
 def main(args: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (bench/results)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pictures (docs)")
     parser.add_argument(
-        "--check", action="store_true", help="exit 1 if REPORT.md or the README differ from the results"
+        "--check", action="store_true", help="exit 1 if REPORT.md or docs/benchmarks.md differ from the results"
     )
     options = parser.parse_args(args)
     try:
@@ -38,7 +38,7 @@ def main(args: list[str] | None = None) -> int:
         return 2
     ours = options.results.resolve() == RESULTS.resolve()
     if options.check:
-        return check(options.results, devices, anchors, with_readme=ours)
+        return check(options.results, devices, anchors, with_page=ours)
     if (devices or natives) and importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no pictures; on a machine that has it, run this again")
     else:
@@ -46,25 +46,24 @@ def main(args: list[str] | None = None) -> int:
         for path in drawn + [native_table.draw(table, options.docs) for table in natives]:
             print(f"drawn: {path}")
     print(f"written: {write_text(options.results / 'REPORT.md', report_text(devices, anchors))}")
-    if ours:  # other results are no matter of this README
-        write_text(readme.README, readme.fill(readme.README.read_text(encoding="utf-8")))
-        print(f"written: {readme.README}")
+    if ours:  # other results are no matter of this page
+        print(f"written: {page.write()}")
     show(devices, anchors)
     for table in natives:
         native_table.show(table)
     return 0
 
 
-def check(results: Path, devices: list[Device], anchors: Anchors, with_readme: bool) -> int:
+def check(results: Path, devices: list[Device], anchors: Anchors, with_page: bool) -> int:
     """Compare what is written with what the results give."""
     stale = []
     path = results / "REPORT.md"
     if not path.is_file() or path.read_text(encoding="utf-8") != report_text(devices, anchors):
         stale.append(str(path))
-    if with_readme:
-        text = readme.README.read_text(encoding="utf-8")
-        if readme.fill(text) != text:
-            stale.append(str(readme.README))
+    if with_page:
+        text = page.PAGE.read_text(encoding="utf-8")
+        if page.fill(text) != text:
+            stale.append(str(page.PAGE))
     for name in stale:
         print(f"{name} differs from {results}: run python -m bench.report", file=sys.stderr)
     return int(bool(stale))

@@ -1,4 +1,4 @@
-"""The tables of the report: the text of ``bench/results/REPORT.md`` and of the README's measured parts."""
+"""The tables of the report: the text of ``bench/results/REPORT.md`` and of the page's measured parts."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from bench.report_rows import Device, digits, fastest, groups, is_ours, roofline
 from bench.store import Row
 
 SHORT_OF_TIME = ("missing", "wrong", "error")
-README_DTYPE = "bf16"
+PAGE_DTYPE = "bf16"
 
 
 @dataclass(frozen=True)
@@ -231,30 +231,30 @@ PUBLISHED = (
 )
 
 
-def readme_text(devices: list[Device], anchors: Anchors) -> str:
-    """Return what stands in the README: the goals, and for each GPU the rows in bfloat16."""
+def page_text(devices: list[Device], anchors: Anchors) -> str:
+    """Return what docs/benchmarks.md shows: the goals, and for each GPU the rows in bfloat16."""
     gpus = [device for device in devices if device.is_gpu]
     parts = []
     if not gpus:
         parts.append(f"No GPU has run this: {NOT_MEASURED}. These are the goals that the rows will be held to.")
     for device in gpus:
-        sheet = readme_sheet(device)
+        sheet = page_sheet(device)
         words = {"driver": "driver ", "torch": "torch ", "triton": "Triton ", "commit": "commit ", "date": ""}
         facts = [f"{word}{_values(device.rows, name)}" for name, word in words.items() if _values(device.rows, name)]
-        parts.append(f"{', '.join([device.name, *facts])}; {README_DTYPE}, milliseconds.")
-        parts.append(sheet.markdown() if sheet.rows else f"Rows in {README_DTYPE}: {NOT_MEASURED}.")
-        parts += [f"![{title}](docs/{name})" for name, title in picture_names(device, anchors).items()]
+        parts.append(f"{', '.join([device.name, *facts])}; {PAGE_DTYPE}, milliseconds.")
+        parts.append(sheet.markdown() if sheet.rows else f"Rows in {PAGE_DTYPE}: {NOT_MEASURED}.")
+        parts += [f"![{title}]({name})" for name, title in picture_names(device, anchors).items()]
     parts.append(goals_sheet(judge_all(gpus, anchors)).markdown())
     return "\n\n".join(parts)
 
 
-def readme_sheet(device: Device) -> Sheet:
+def page_sheet(device: Device) -> Sheet:
     """Ours beside the best competitor, one row a size, forward and both passes."""
     head = ["op", "size", "mode", "ours", "best other", "", "times", "of copy", "of the roofline", "MiB"]
     rows = []
     for (op, shape, dtype, mode), found in groups(device.rows):
         ours, other = our_best(found), best_competitor(found)
-        if dtype != README_DTYPE or mode == "backward" or ours is None:
+        if dtype != PAGE_DTYPE or mode == "backward" or ours is None:
             continue
         others = ["", ""] if other is None else [milliseconds(other["median"]), other["competitor"]]
         parts = [times_best(found), share(ours.get("copy_ratio")), share(roofline(ours)), mebibytes(ours)]
@@ -263,7 +263,7 @@ def readme_sheet(device: Device) -> Sheet:
 
 
 def cpu_text(devices: list[Device]) -> str:
-    """Write what processors have shown, for the README: each competitor, and its time as a multiple of ours."""
+    """Write what processors have shown, for the page: each competitor, and its time as a multiple of ours."""
     texts = []
     for device in devices:
         timed = [row for row in device.timed() if not device.is_gpu]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import cpu_native, native_table, readme, report
+from bench import cpu_native, native_table, page, report
 from bench.cpu_rows.base import Skipped
 from bench.machine import Clock
 from bench.native_rows import start, threads, towers
@@ -207,21 +207,21 @@ def test_every_competitor_that_a_goal_names_exists(rehearsed):
     )
 
 
-def test_the_readme_holds_the_table_of_the_recorded_results():
-    text = readme.README.read_text(encoding="utf-8")
+def test_the_page_holds_the_table_of_the_recorded_results():
+    text = page.PAGE.read_text(encoding="utf-8")
     part = text.split("<!-- cpu_native:begin -->\n")[1].split("\n<!-- cpu_native:end -->")[0]
-    assert part == native_table.readme_text(native_table.read_all(readme.RESULTS)), "run python -m bench.readme"
+    assert part == native_table.page_text(native_table.read_all(page.RESULTS)), "run python -m bench.page"
 
 
-def test_recorded_results_change_the_readme_and_are_drawn_by_the_report(tmp_path, monkeypatch, capsys):
-    assert native_table.readme_text([]) == "Not measured yet."
+def test_recorded_results_change_the_page_and_are_drawn_by_the_report(tmp_path, monkeypatch, capsys):
+    assert native_table.page_text([]) == "Not measured yet."
     store = {"stages": {}, "rows": [row_of(ours=1.0, eager=4.0)]}
     (tmp_path / "cpu-scalar.json").write_text(json.dumps(store))
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    part = readme.cpu_native_table()
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    part = page.cpu_native_table()
     assert "CPU, test, level scalar, 2 threads, torch 2; medians" in part
     assert "| layer norm of a sum, bf16 | eager | at least 2x |  | 4.00x | small | 1,000 | 4,000 | met |" in part
-    assert "(docs/cpu_native_scalar.png)" in part
+    assert "(cpu_native_scalar.png)" in part
     assert report.main(["--results", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 0
     assert (tmp_path / "docs" / "cpu_native_scalar.png").is_file() and "layer norm of a sum" in capsys.readouterr().out
 

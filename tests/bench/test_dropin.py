@@ -21,7 +21,7 @@ def test_rehearsal_measures_compares_and_draws(tmp_path, capsys):
     assert all(row["swapped"] and row["error"] <= row["bound"] and row["times"]["after"] > 0 for row in rows)
     assert len(list(tmp_path.glob("*.png"))) == 1
     assert "transformers Swin2SR" in capsys.readouterr().out
-    text = dropin.readme_text(tmp_path)
+    text = dropin.page_text(tmp_path)
     assert text.count("| transformers Swin2SR |") == 2
 
 

@@ -52,8 +52,8 @@ def test_every_package_is_pinned_and_every_test_of_a_library_is_run():
     assert forgotten and set(forgotten) - {path.name for path in covered} == NOT_OF_A_RELEASE
 
 
-def test_the_readme_shows_the_releases():
-    text = releases.readme_text(releases.RESULTS)
+def test_the_page_shows_the_releases():
+    text = releases.page_text(releases.RESULTS)
     for row in ROWS:
         assert f"| {row['library']} | {row['pins'][0].partition('==')[2]} | {row['which']} |" in text
 

@@ -13,7 +13,7 @@ from bench.machine import Clock
 from bench.ops import contrastive_loss, layer_norm, window_attention
 from bench.report_pictures import draw, picture_names
 from bench.report_rows import Device, exp2_count, figure, floors, groups, read_devices, read_rows, roofline
-from bench.report_tables import Sheet, op_sheet, readme_text, reasons, report_text
+from bench.report_tables import Sheet, op_sheet, page_text, reasons, report_text
 from bench.session import Plan, Session
 from bench.store import Store
 
@@ -109,7 +109,7 @@ def row_of(device, op, shape, competitor, mode="forward", dtype="bf16"):
     )  # fmt: skip
 
 
-def test_the_committed_report_and_readme_are_those_of_the_results(capsys):
+def test_the_committed_report_and_page_are_those_of_the_results(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().err
 
 
@@ -117,7 +117,7 @@ def test_without_rows_the_report_says_so():
     text = report_text([], ANCHORS)
     assert "No row of a GPU: not measured yet." in text and "No row of a CPU: not measured yet." in text
     assert text.count("| not measured yet |") == len(ANCHORS.goals)
-    assert readme_text([], ANCHORS).startswith("No GPU has run this: not measured yet.")
+    assert page_text([], ANCHORS).startswith("No GPU has run this: not measured yet.")
 
 
 def test_devices_are_read_gpus_first_and_other_results_passed_by(devices):
@@ -188,8 +188,8 @@ def test_the_report_names_the_machine_of_the_rows(devices):
     assert "| environment | done | 3.2 |  |" in text
 
 
-def test_the_readme_shows_gpus_in_bfloat16_with_goals_met_and_short(devices):
-    text = readme_text(devices, ANCHORS)
+def test_the_page_shows_gpus_in_bfloat16_with_goals_met_and_short(devices):
+    text = page_text(devices, ANCHORS)
     assert "NVIDIA H200, driver 570, torch 2.8.0, Triton 3.4.0, commit abc, 2026-01-02; bf16" in text
     assert CPU not in text and "No GPU has run this" not in text
     assert [text.count(f"| swin_t_stage1_224 | {mode} |") for mode in ("forward", "backward", "both")] == [1, 0, 1]
@@ -339,9 +339,9 @@ def test_the_command_writes_a_report_that_its_check_accepts(folder, monkeypatch,
     args = ["--results", str(folder), "--docs", str(tmp_path)]
 
     def refuse(text):
-        raise AssertionError("other results do not change this README")
+        raise AssertionError("other results do not change this page")
 
-    monkeypatch.setattr(report.readme, "fill", refuse)
+    monkeypatch.setattr(report.page, "fill", refuse)
     assert report.main([*args, "--check"]) == 1
     assert "REPORT.md differs from" in capsys.readouterr().err
     assert report.main(args) == 0

@@ -1,6 +1,6 @@
-"""Write the README's tables from the recorded results: ``python -m bench.readme``; ``--check`` only compares.
+"""Write the tables of docs/benchmarks.md from recorded results: ``python -m bench.page``; ``--check`` only compares.
 
-A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; nothing else in the README is touched.
+A table lies between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``; nothing else of the page is changed.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from bench import dropin, native_table, releases
 from bench.anchors import load_anchors
 from bench.budget_picture import floor, shown
 from bench.report_rows import read_devices
-from bench.report_tables import cpu_text, readme_text
+from bench.report_tables import cpu_text, page_text
 from florence_fast.files import write_text
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "bench" / "results"
 
 DEMO_RUNS = {
@@ -130,7 +130,7 @@ def budget_ops_table() -> str:
 
 def gpu_table() -> str:
     """What was measured on GPUs, and how our goals stand."""
-    return readme_text(read_devices(RESULTS), load_anchors())
+    return page_text(read_devices(RESULTS), load_anchors())
 
 
 def cpu_table() -> str:
@@ -140,17 +140,17 @@ def cpu_table() -> str:
 
 def cpu_native_table() -> str:
     """The goals of the native CPU backend, and what was measured."""
-    return native_table.readme_text(native_table.read_all(RESULTS))
+    return native_table.page_text(native_table.read_all(RESULTS))
 
 
 def dropin_table() -> str:
     """What ``ff.accelerate`` does to the models of other libraries."""
-    return dropin.readme_text(RESULTS)
+    return dropin.page_text(RESULTS)
 
 
 def compat_table() -> str:
     """Which releases of other libraries were tested."""
-    return releases.readme_text(RESULTS)
+    return releases.page_text(RESULTS)
 
 
 OPS_COLUMNS = ("the floor, clocks", "busiest unit, clocks", "stack, bytes", "measured, clocks")
@@ -178,7 +178,7 @@ TABLES = {
 
 
 def fill(text: str) -> str:
-    """Return the README's ``text`` with every table replaced by its present content.
+    """Return the page's ``text`` with every table replaced by its present content.
 
     Raises:
         ValueError: a table's markers are missing.
@@ -186,22 +186,27 @@ def fill(text: str) -> str:
     for name, build in TABLES.items():
         pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md must hold <!-- {name}:begin --> and <!-- {name}:end -->")
+            raise ValueError(f"docs/benchmarks.md must hold <!-- {name}:begin --> and <!-- {name}:end -->")
         content = build()
         text = pattern.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)
     return text
 
 
+def write() -> Path:
+    """Write the page anew from the recorded results; return its path."""
+    return write_text(PAGE, fill(PAGE.read_text(encoding="utf-8")))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit 1 if the README differs from the results")
+    parser.add_argument("--check", action="store_true", help="exit 1 if the page differs from the results")
     check = parser.parse_args().check
-    before = README.read_text(encoding="utf-8")
+    before = PAGE.read_text(encoding="utf-8")
     after = fill(before)
     if not check:
-        write_text(README, after)
+        write_text(PAGE, after)
     elif before != after:
-        print("README.md differs from bench/results: run python -m bench.readme", file=sys.stderr)
+        print("docs/benchmarks.md differs from bench/results: run python -m bench.page", file=sys.stderr)
         return 1
     return 0
 
