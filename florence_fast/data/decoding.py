@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from florence_fast.data.pairs import PairSource
+from florence_fast.data.pictures import to_rgb
 from florence_fast.data.sampling import CROP, uniform
-from florence_fast.data.transforms import fit_shortest, random_crop_box, squash, to_array
+from florence_fast.data.transforms import fit_shortest, random_crop_box, resize, squash, to_array
 
 CROPS = ("squash", "random_resized", "center")
 
@@ -34,7 +35,7 @@ class Decoder:
         """Decode one picture, or say why that cannot be done."""
         index, epoch = key
         try:
-            image = self.source.image(index)
+            image = to_rgb(self.source.image(index))
         except (OSError, ValueError, MemoryError) as error:
             return str(error) or type(error).__name__
         size = (self.size, self.size)
@@ -43,7 +44,7 @@ class Decoder:
         if self.crop == "center":
             return to_array(fit_shortest(image, size))
         box = random_crop_box(image.width, image.height, uniform(self.seed, CROP, epoch, np.array([index]), 4)[0])
-        return to_array(image.resize(size, Image.Resampling.BICUBIC, box=box))
+        return to_array(resize(image, size, Image.Resampling.BICUBIC, box))
 
 
 class Here:

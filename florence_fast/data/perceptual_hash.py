@@ -6,15 +6,19 @@ their hashes differ: 0 to 4 for most copies, around 32 for different photographs
 Letters: B pictures · H W height and width.
 """
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from florence_fast import native
 from florence_fast.data._threads import number_of_threads
-from florence_fast.data.pictures import to_rgb
+from florence_fast.data.pictures import oriented, to_rgb
+
+log = logging.getLogger(__name__)
 
 Picture = np.ndarray | Image.Image
 
@@ -28,7 +32,18 @@ MAX_SIDE, MAX_AREA = 2**24, 2**34  # sums stay below 2**53, which float64 and in
 COSINES = np.round(np.cos(np.pi / 64 * np.outer(np.arange(8), 2 * np.arange(32) + 1)) * 2**14)
 
 
-def dhash(pictures: Picture | Iterable[Picture], *, threads: int | None = None) -> np.ndarray | np.uint64:
+class Hashes(NamedTuple):
+    """Hashes of the images that could be read, and which those are."""
+
+    hashes: np.ndarray
+    """uint64 (N,)."""
+    indices: np.ndarray
+    """int64 (N,): the number of each hash's image among those given; an unreadable image is missing here."""
+
+
+def dhash(
+    pictures: Picture | Iterable[Picture], *, threads: int | None = None, skip_bad: bool = False
+) -> np.ndarray | np.uint64 | Hashes:
     """Hash pictures by where brightness grows from left to right: the difference hash.
 
     The picture is averaged to 8 rows of 9 cells; bit (row, column) is 1 where the next cell to the right is brighter
@@ -37,24 +52,29 @@ def dhash(pictures: Picture | Iterable[Picture], *, threads: int | None = None) 
     as JPEG, 61% were found within 3 bits, with it 98%; the margin was chosen on these, of six tried.
 
     Args:
-        pictures: one picture: uint8 (H, W) or (H, W, 3) in RGB, or a PIL image (transparent parts over white); or
-            several: uint8 (B, H, W, 3), or any iterable of pictures, of any sizes, taken 64 at a time.
-        threads: at most one a picture; None for torch's number.
+        pictures: one image: uint8 (H, W) or (H, W, 3) in RGB, or a PIL image (turned as its EXIF data says, transparent
+            parts over white); or several: uint8 (B, H, W, 3), or any iterable of images, of any sizes, taken 64 at a
+            time.
+        threads: at most one an image; None for torch's number.
+        skip_bad: leave out images that cannot be read, and name each in the log.
 
     Returns:
-        uint64, a scalar for one picture, (B,) for several.
+        uint64, a scalar for one image, (B,) for several; with ``skip_bad`` `Hashes`, which say whose they are.
 
     Raises:
-        TypeError: something is no picture.
-        ValueError: a picture is not uint8, of another shape, empty, or over 2**24 pixels high or wide.
+        TypeError: something is no image.
+        ValueError: an image cannot be read, is not uint8, of another shape, empty, or over 2**24 pixels high or wide.
+            Among several images, the message gives the number of the bad one, from 0.
 
     >>> int(dhash(np.tile(np.arange(0, 180, 20, dtype=np.uint8), (8, 1)))) == 2**64 - 1
     True
     """
-    return _hash(pictures, 8, 9, _dhash_bits, threads)
+    return _hash(pictures, 8, 9, _dhash_bits, threads, skip_bad)
 
 
-def phash(pictures: Picture | Iterable[Picture], *, threads: int | None = None) -> np.ndarray | np.uint64:
+def phash(
+    pictures: Picture | Iterable[Picture], *, threads: int | None = None, skip_bad: bool = False
+) -> np.ndarray | np.uint64 | Hashes:
     """Hash pictures by their 64 lowest spatial frequencies: the hash of the discrete cosine transform.
 
     The picture is averaged to 32 x 32 cells; of their two-dimensional DCT-II the 8 x 8 lowest coefficients are kept,
@@ -66,7 +86,7 @@ def phash(pictures: Picture | Iterable[Picture], *, threads: int | None = None) 
     >>> phash(np.zeros((2, 40, 40, 3), np.uint8)).tolist()
     [0, 0]
     """
-    return _hash(pictures, 32, 32, _phash_bits, threads)
+    return _hash(pictures, 32, 32, _phash_bits, threads, skip_bad)
 
 
 def area_means_reference(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -105,26 +125,57 @@ def _phash_bits(cells: np.ndarray) -> np.ndarray:
     return 2 * coefficients > middle
 
 
-def _hash(pictures, rows: int, columns: int, bits_of, threads: int | None) -> np.ndarray | np.uint64:
+def _hash(
+    pictures: Picture | Iterable[Picture],
+    rows: int,
+    columns: int,
+    bits_of: Callable[[np.ndarray], np.ndarray],
+    threads: int | None,
+    skip_bad: bool,
+) -> np.ndarray | np.uint64 | Hashes:
     threads, module = number_of_threads(threads), native.extension()
     single = isinstance(pictures, Image.Image) or (isinstance(pictures, np.ndarray) and pictures.ndim < 4)
     if not isinstance(pictures, Image.Image | np.ndarray | Iterable):
         raise TypeError(f"pictures must be arrays or PIL images, got {type(pictures).__name__}")
-    remaining, hashes = iter([pictures] if single else pictures), [np.empty(0, np.uint64)]
-    while chunk := [_pixels(picture) for picture in islice(remaining, CHUNK)]:
+    remaining = _readable([pictures] if single else pictures, single, skip_bad)
+    hashes, indices = [np.empty(0, np.uint64)], []
+    while chunk := list(islice(remaining, CHUNK)):
+        numbers, images = zip(*chunk, strict=True)
         if module:
-            few = sum(picture.size for picture in chunk) < WORTH_THREADS
-            cells = module.area_means(1 if few else threads, chunk, rows, columns)
+            few = sum(image.size for image in images) < WORTH_THREADS
+            cells = module.area_means(1 if few else threads, list(images), rows, columns)
         else:
-            cells = np.stack([area_means_reference(picture, rows, columns) for picture in chunk])
+            cells = np.stack([area_means_reference(image, rows, columns) for image in images])
         packed = np.packbits(bits_of(cells).reshape(-1, 64), axis=1)
         hashes.append(packed.view(">u8").ravel().astype(np.uint64))
+        indices += numbers
+    if skip_bad:
+        return Hashes(np.concatenate(hashes), np.array(indices, dtype=np.int64))
     return hashes[1][0] if single else np.concatenate(hashes)
 
 
+def _readable(pictures: Iterable[Picture], single: bool, skip_bad: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the number and the pixels of each image; one that cannot be read is named, or left out and logged."""
+    for number, picture in enumerate(pictures):
+        name = "the image" if single else f"image {number}"
+        try:
+            pixels = _pixels(picture)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from error
+        except (OSError, ValueError) as error:
+            if not skip_bad:
+                raise ValueError(f"{name} cannot be hashed: {error}") from error
+            log.warning("skipped %s: %s", name, error)
+        else:
+            yield number, pixels
+
+
 def _pixels(picture: Picture) -> np.ndarray:
-    """Check a picture and return its pixels, contiguous."""
+    """Check an image and return its pixels, contiguous, as they are to be seen."""
     if isinstance(picture, Image.Image):
+        picture.load()
+        # Copies differ in whether their pixels were turned or only their EXIF data says so.
+        picture = oriented(picture)
         plain = picture.mode in ("L", "RGB") and "transparency" not in picture.info
         picture = np.asarray(picture if plain else to_rgb(picture))
     if not isinstance(picture, np.ndarray):

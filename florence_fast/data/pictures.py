@@ -2,14 +2,16 @@
 
 import io
 import os
+import stat
 import warnings
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 # Pillow's own limit; its warning from here on counts as an error. To allow more, raise both this and Pillow's.
 MAX_PIXELS = 89_478_485
+
+MAX_FILE_BYTES = 2**30  # an image of MAX_PIXELS takes less, even uncompressed with four channels of 16 bits
 
 # Formats of photographs and drawings. Pillow also knows some that run other programs (PostScript): not these.
 FORMATS = {
@@ -25,24 +27,25 @@ SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffi
 
 
 def open_picture(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a picture to RGB, transparent parts over white.
+    """Decode an image to RGB, transparent parts over white; `to_rgb` says what becomes of each mode.
 
     Args:
         file: a path, or the bytes of the file.
-        max_pixels: width times height above which the picture is refused before it is decoded.
+        max_pixels: width times height above which the image is refused before it is decoded.
 
     Returns:
         The decoded RGB image, its first frame if it moves. It is not turned by its EXIF data (as in CLIP).
 
     Raises:
         FileNotFoundError, PermissionError: the file cannot be opened.
-        ValueError: it is no picture of a known format, is damaged or cut short, or has too many pixels.
+        ValueError: it is no regular file (but a pipe or a device), or over 1 GiB; it is no image of a known format, is
+            damaged or cut short, or has too many pixels.
 
     >>> open_picture("cat.png").mode
     'RGB'
     """
     name = "picture" if isinstance(file, bytes) else str(file)
-    data = file if isinstance(file, bytes) else Path(file).read_bytes()
+    data = file if isinstance(file, bytes) else _read_regular_file(file)
     # Decoders meet hostile bytes with every kind of exception; to the caller they all mean the same.
     try:
         with warnings.catch_warnings():
@@ -57,14 +60,73 @@ def open_picture(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIX
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any image to RGB: transparency is laid over white, 16-bit grey is scaled to 8 bits."""
+    """Convert an image of any mode to RGB.
+
+    - Transparency is laid over white.
+    - ``I;16`` (grey of 16 bits): the upper 8 bits.
+    - ``I`` (grey integers of 32 bits): from a PNG or PGM file, which hold 16 bits, the upper 8 of these. From others it
+      depends on the values: within 0..255 they are kept; within 0..65535 they are taken as 16 bits; else the smallest
+      becomes black and the largest white.
+    - ``F`` (grey floats): within 0..1 they are multiplied by 255; beyond as ``I``. NaN and infinities become black.
+    - All other modes: as ``Image.convert`` does.
+
+    Raises:
+        ValueError, OSError: the image is cut short, or Pillow has no conversion from its mode.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        sixteen_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+        return _with_exif(Image.fromarray(_to_8_bits(np.asarray(image), sixteen_bits)).convert("RGB"), image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))
-        return white.convert("RGB")
+        return _with_exif(white.convert("RGB"), image)
     return image.convert("RGB")
+
+
+def oriented(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF data says; without such data, or where it is damaged, return it as it is."""
+    try:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if is_turned else image
+    except Exception:
+        return image
+
+
+def _to_8_bits(values: np.ndarray, sixteen_bits: bool) -> np.ndarray:
+    """Grey values of any number type as uint8; the rule is in `to_rgb`."""
+    if sixteen_bits:
+        return (values >> 8).astype(np.uint8)
+    finite = np.isfinite(values)
+    used = values[finite] if finite.any() else np.zeros(1)
+    low, high = float(used.min()), float(used.max())
+    if low >= 0 and high <= 65535:
+        if high > 255:
+            return (np.where(finite, values, 0).astype(np.uint16) >> 8).astype(np.uint8)
+        low, scale = 0.0, 255.0 if high <= 1 and values.dtype.kind == "f" else 1.0
+    else:
+        scale = 255 / (high - low) if high > low else 0.0
+    return np.rint((np.where(finite, values, low) - low) * scale).astype(np.uint8)
+
+
+def _with_exif(converted: Image.Image, original: Image.Image) -> Image.Image:
+    """Keep what says how an image is to be turned, which conversions by way of an array lose."""
+    if "exif" in original.info:
+        converted.info["exif"] = original.info["exif"]
+    return converted
+
+
+def _read_regular_file(path: str | os.PathLike[str]) -> bytes:
+    """Read a whole file; a pipe or device, of which there may be no end, is refused before it is opened."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe, socket or device"
+        raise ValueError(f"cannot read {path}: an image file was wanted, got a {kind}")
+    if found.st_size > MAX_FILE_BYTES:
+        raise ValueError(
+            f"cannot read {path}: its {found.st_size:,} bytes are more than the limit of {MAX_FILE_BYTES:,}"
+        )
+    with open(path, "rb") as file:
+        return file.read(MAX_FILE_BYTES)

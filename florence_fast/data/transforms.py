@@ -4,6 +4,7 @@ Letters: C channels (3) · H W height and width of the result.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from florence_fast.data.pictures import to_rgb
+from florence_fast.data.pictures import open_picture, to_rgb
 from florence_fast.errors import unknown
 
 # Of CLIP's training data, and open_clip's default.
@@ -20,6 +21,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 RESIZE_MODES = ("shortest", "longest", "squash")
+MAX_BETWEEN = 2**24  # pixels
 CROP_SCALE = (0.9, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -29,22 +31,45 @@ def to_array(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+def resize(
+    image: Image.Image, size: tuple[int, int], resample: int, box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
+    """Resize the part ``box`` (left, top, right, bottom) of an image to (H, W), as Pillow does, in little memory.
+
+    Older Pillows resize across first, so 1 x 1,000,000 pixels would become 224 x 1,000,000 before they shrink. Where
+    that takes over 2**24 pixels, and fewer the other way round, the image is resized downwards first.
+    """
+    height, width = size
+    left, top, right, bottom = box or (0, 0, image.width, image.height)
+    if (left, top, right, bottom) == (0, 0, width, height) and image.size == (width, height):
+        return image
+    if width * (bottom - top) > max(MAX_BETWEEN, height * (right - left)):
+        image = image.resize((image.width, height), resample, box=(0, top, image.width, bottom))
+        top, bottom = 0, height
+    return image.resize((width, height), resample, box=(left, top, right, bottom))
+
+
 def squash(image: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC) -> Image.Image:
     """Resize to (H, W) whatever the proportions; an image of that size is returned as it is."""
-    height, width = size
-    return image if image.size == (width, height) else image.resize((width, height), resample)
+    return resize(image, size, resample)
 
 
 def fit_shortest(image: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC) -> Image.Image:
-    """Resize so that (H, W) is just covered, and cut out the middle."""
+    """Resize so that (H, W) is just covered, and cut out the middle.
+
+    Where the whole resized image would have over 2**24 pixels (it is very long), only the middle is resized.
+    """
     height, width = size
     if image.width * height <= image.height * width:
         scaled = width, int(width * image.height / image.width)
     else:
         scaled = int(height * image.width / image.height), height
-    image = image if image.size == scaled else image.resize(scaled, resample)
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+    if scaled[0] * scaled[1] <= MAX_BETWEEN:
+        return resize(image, scaled[::-1], resample).crop((left, top, left + width, top + height))
+    across, down = image.width / scaled[0], image.height / scaled[1]
+    right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
+    return resize(image, size, resample, (left * across, top * down, right, bottom))
 
 
 def fit_longest(
@@ -55,7 +80,7 @@ def fit_longest(
     scale = min(height / image.height, width / image.width)
     scaled = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     canvas = Image.new("RGB", (width, height), (fill, fill, fill))
-    canvas.paste(image.resize(scaled, resample), ((width - scaled[0]) // 2, (height - scaled[1]) // 2))
+    canvas.paste(resize(image, scaled[::-1], resample), ((width - scaled[0]) // 2, (height - scaled[1]) // 2))
     return canvas
 
 
@@ -102,12 +127,17 @@ class ImageTransform:
     scale: tuple[float, float] = CROP_SCALE
     ratio: tuple[float, float] = CROP_RATIO
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Transform one image of any mode; random crops draw from torch's generator."""
-        image, resample = to_rgb(image), INTERPOLATIONS[self.interpolation]
+    def __call__(self, image: Image.Image | str | os.PathLike[str]) -> torch.Tensor:
+        """Transform one PIL image of any mode, or the file of one; random crops draw from torch's generator.
+
+        Raises:
+            TypeError: it is an array, a tensor or something else.
+            ValueError, OSError: the file or image cannot be read.
+        """
+        image, resample = _rgb_of(image), INTERPOLATIONS[self.interpolation]
         if self.is_train:
             box = random_crop_box(image.width, image.height, torch.rand(4).tolist(), self.scale, self.ratio)
-            image = image.resize(self.size[::-1], resample, box=box)
+            image = resize(image, self.size, resample, box)
         elif self.resize_mode == "squash":
             image = squash(image, self.size, resample)
         elif self.resize_mode == "longest":
@@ -141,7 +171,7 @@ def image_transform(
         aug_cfg: of the random crop: ``scale`` (shares of the area) and ``ratio`` (width over height).
 
     Returns:
-        A callable: PIL image of any mode -> float tensor (3, H, W).
+        A callable: PIL image of any mode, or the path of an image file -> float tensor (3, H, W).
 
     Raises:
         ValueError: a size, a word or a key of ``aug_cfg`` is not one of those above.
@@ -168,6 +198,22 @@ def image_transform(
         interpolation=interpolation or "bicubic",
         fill_color=fill_color,
         **{key: tuple(values) for key, values in (aug_cfg or {}).items()},
+    )
+
+
+def _rgb_of(image: Image.Image | str | os.PathLike[str]) -> Image.Image:
+    """Check what was given to a transform, and open or convert it."""
+    if isinstance(image, str | os.PathLike):
+        return open_picture(image)
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    got = type(image).__name__
+    if isinstance(image, np.ndarray | torch.Tensor):
+        got = f"{image.dtype} {got} of shape {tuple(image.shape)}"
+    # An array of cv2 is BGR and one of PIL is RGB, a tensor may be normalised already: a guess would be wrong unseen.
+    raise TypeError(
+        f"image must be a PIL image or the path of an image file, got a {got}: PIL.Image.fromarray makes an image of a "
+        "uint8 array (H, W, 3) in RGB"
     )
 
 

@@ -2,16 +2,19 @@
 
 import io
 import math
+import multiprocessing
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from florence_fast import native
 from florence_fast.data.artists import artists_test
+from florence_fast.data.labels import text_labels
 from florence_fast.data.near_duplicates import near_duplicate_groups, near_duplicates
 from florence_fast.data.perceptual_hash import COSINES, area_means_reference, dhash, phash
 
@@ -184,3 +187,68 @@ def test_bad_pictures_are_refused(backend, pictures, error, message):
 def test_bad_numbers_of_threads_are_refused(threads):
     with pytest.raises(ValueError, match="threads must be an int from 1 to 4096"):
         phash([], threads=threads)
+
+
+def broken(image: Image.Image) -> Image.Image:
+    """The same as a JPEG that was cut short, not decoded yet."""
+    out = io.BytesIO()
+    image.save(out, "JPEG")
+    return Image.open(io.BytesIO(out.getvalue()[:900]))
+
+
+def test_one_bad_image_of_many_is_named_or_left_out(backend, caplog):
+    images = [Image.fromarray(random_picture(seed, 64, 64, grey=False)) for seed in range(70)]
+    wanted = phash(images)
+    images[3], images[66] = broken(images[3]), Image.new("RGB", (0, 5))
+    with pytest.raises(ValueError, match="image 3 cannot be hashed: image file is truncated"):
+        phash(iter(images))
+    found = phash(iter(images), skip_bad=True)
+    good = [number for number in range(70) if number not in (3, 66)]
+    assert found.indices.tolist() == good and np.array_equal(found.hashes, wanted[good])
+    assert "skipped image 3: " in caplog.text and "skipped image 66: " in caplog.text
+    with pytest.raises(ValueError, match="the image cannot be hashed: "):
+        dhash(broken(images[0]))
+    alone = dhash(broken(images[0]), skip_bad=True)
+    assert alone.hashes.shape == alone.indices.shape == (0,) and alone.hashes.dtype == np.uint64
+    with pytest.raises(TypeError, match="image 1: a picture must be an array or a PIL image, got int"):
+        dhash([images[0], 7], skip_bad=True)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_copy_that_is_turned_by_its_exif_data_has_the_same_hash(backend, orientation):
+    upright = Image.fromarray(random_picture(5, 30, 40, grey=False))
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    stored = {2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}.get(orientation, [])
+    turned = upright
+    for step in stored:
+        turned = turned.transpose(step)
+    turned.save(out, "PNG", exif=exif)
+    copy = Image.open(out)
+    assert dhash(copy) == dhash(upright) and phash([copy])[0] == phash(upright)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(native.extension() is None, reason="the native extension was not built")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("threads", [None, 2])
+def test_a_forked_process_hashes_after_its_parent_has_used_threads(threads):
+    batch = np.stack([random_picture(seed, 300, 300, grey=False) for seed in range(16)])
+    texts = [f"text {number}" for number in range(5000)]
+    many = np.random.default_rng(0).integers(0, 2**63, 100_000, dtype=np.uint64)
+
+    def hash_all():
+        phash(batch, threads=threads), text_labels(texts, threads=threads), near_duplicates(many, threads=threads)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        hash_all()
+        child = multiprocessing.get_context("fork").Process(target=hash_all)
+        child.start()
+        child.join(30)
+    finally:
+        torch.set_num_threads(before)
+    if child.is_alive():
+        child.kill()
+    assert child.exitcode == 0
