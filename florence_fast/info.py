@@ -25,7 +25,13 @@ Rows = list[dict[str, Any]]
 
 def collect() -> dict[str, Rows]:
     """Return the tables that ``florence-fast info`` prints: title -> rows, each a column -> value."""
-    return {"versions": versions(), "devices": devices(), "environment": environment(), "ops": ops()}
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "precision": precision(),
+        "environment": environment(),
+        "ops": ops(),
+    }
 
 
 def versions() -> Rows:
@@ -60,6 +66,16 @@ def devices() -> Rows:
     if not torch.cuda.is_available():
         rows.append({"device": "cuda", "what": "none found"})
     return rows
+
+
+def precision() -> Rows:
+    """What "auto", the default of every command, means on each device, and why."""
+    import torch
+
+    from florence_fast.precision import choose_precision
+
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return [{"device": name, **choose_precision("auto", name)._asdict()} for name in names]
 
 
 def environment() -> Rows:

@@ -6,8 +6,8 @@
 | fp32 | fp32 | fp32 |
 | amp_bf16, amp_bfloat16 | fp32 | autocast to bf16 |
 | amp | fp32 | autocast to fp16, gradients scaled in training; on a CPU the same as ``auto`` |
-| bf16, fp16 | 16 bits but norms, bias tables and temperature | of the weights |
-| pure_bf16, pure_fp16 | 16 bits, all of them | of the weights |
+| bf16, fp16 | 16 bits but norms, bias tables and temperature; trained through fp32 copies | of the weights |
+| pure_bf16, pure_fp16 | 16 bits, all of them; small updates are lost in training | of the weights |
 
 Torch is imported by the functions alone, since the command line shows the words in ``--help``.
 """
@@ -24,6 +24,7 @@ from florence_fast.errors import unknown
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -149,13 +150,46 @@ def weights_dtype(precision: str) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def scales_gradients(precision: str, device: str | torch.device) -> bool:
-    """Say whether training at a precision scales its loss, so that small gradients do not vanish in fp16.
+def is_pure(precision: str) -> bool:
+    """Say whether a precision casts every weight, and training keeps no fp32 copy of any."""
+    return precision.startswith("pure_")
+
+
+def check_same_weights(earlier: str, now: str) -> None:
+    """Refuse to continue training at a precision that keeps other weights: lost bits do not come back.
+
+    Raises:
+        ValueError: ``earlier`` and ``now`` differ in the dtype of their weights, or in what else is 16 bits.
+    """
+    if (weights_dtype(earlier), is_pure(earlier)) != (weights_dtype(now), is_pure(now)):
+        raise ValueError(
+            f"the run was trained at precision {earlier}, whose weights are of another kind than those of {now}: "
+            f"continue it with precision {earlier}"
+        )
+
+
+def input_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype that a model wants its images in: that of its largest parameter.
+
+    The first one will not do, which may be the temperature or a norm, and stays fp32 beside 16-bit weights.
+    """
+    return max(model.parameters(), key=lambda parameter: parameter.numel()).dtype
+
+
+def gradient_scaler(precision: str, device: str | torch.device) -> torch.amp.GradScaler:
+    """Return what scales the loss in training, so that small gradients do not vanish in fp16; it does nothing else.
+
+    "amp" and "fp16" scale. "pure_fp16" does not, as in open_clip: gradients are divided again in fp32 alone. Where the
+    weights are fp16, so are the sums over the batch that are their gradients, and the scale starts lower.
 
     Raises:
         ValueError: ``precision`` is unknown.
     """
-    return choose_precision(precision, device).precision in ("amp", "fp16", "pure_fp16")
+    import torch
+
+    precision = choose_precision(precision, device).precision
+    start = 2.0**8 if precision == "fp16" else 2.0**16
+    return torch.amp.GradScaler(_device_type(device), init_scale=start, enabled=precision in ("amp", "fp16"))
 
 
 def format_of(precision: str) -> str:

@@ -12,13 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from florence_fast.errors import unknown
 from florence_fast.models import create_model
 from florence_fast.models.config import FlorenceConfig
 from florence_fast.ops import contrastive_loss
-
-PRECISIONS = ("fp32", "bf16", "fp16", "amp_bf16", "amp")
-AUTOCAST = {"amp_bf16": torch.bfloat16, "amp": torch.float16}
+from florence_fast.precision import autocast, input_dtype, resolve_precision
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def warm_up(
     model: str,
     device: str,
     *,
-    precision: str = "fp32",
+    precision: str = "auto",
     img_size: int | None = None,
     batch_size: int = 8,
     train: bool = False,
@@ -73,7 +70,7 @@ def warm_up(
     Args:
         model: name of a dual encoder or of an image tower.
         device: where it runs; kernels are compiled on a CUDA device alone.
-        precision: "fp32", "bf16" or "fp16" (weights), "amp_bf16" or "amp" (autocast).
+        precision: a word of ``florence_fast.precision``.
         img_size: side of the pictures, S; None takes the model's.
         batch_size: B, pictures, and as many texts for a dual encoder.
         train: also the backward; of a dual encoder through the contrastive loss, of a tower through a sum.
@@ -87,8 +84,7 @@ def warm_up(
         ValueError: the model or the precision is unknown.
         RuntimeError: as ``compilations`` says.
     """
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
+    precision = resolve_precision(precision, device)
     size = {} if img_size is None else {"img_size": img_size}
     net = create_model(model, pretrained, precision, device, **size).train(train)
     with compilations() as found:
@@ -101,12 +97,9 @@ def warm_up(
 def _seconds(net: nn.Module, batch_size: int, precision: str, train: bool) -> float:
     """Run once and wait for the device."""
     parameter = next(net.parameters())
-    inputs, dtype = _inputs(net, batch_size), AUTOCAST.get(precision)
+    inputs = _inputs(net, batch_size)
     start = time.perf_counter()
-    with (
-        torch.set_grad_enabled(train),
-        torch.autocast(parameter.device.type, dtype or torch.bfloat16, enabled=dtype is not None),
-    ):
+    with torch.set_grad_enabled(train), autocast(precision, parameter.device):
         out = net(*inputs)
         if train:
             loss = contrastive_loss(*out) if isinstance(net.config, FlorenceConfig) else out.float().sum()
@@ -123,7 +116,7 @@ def _inputs(net: nn.Module, batch_size: int) -> tuple[Tensor, ...]:
     parameter = next(net.parameters())
     both = isinstance(net.config, FlorenceConfig)
     side = (net.config.image if both else net.config).img_size
-    images = torch.randn(batch_size, 3, side, side, device=parameter.device, dtype=parameter.dtype)
+    images = torch.randn(batch_size, 3, side, side, device=parameter.device, dtype=input_dtype(net))
     if not both:
         return (images,)
     vocab_size = net.config.text.vocab_size

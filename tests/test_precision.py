@@ -122,7 +122,7 @@ def test_a_fast_word_does_not_warn(given_flags: Given, caplog: pytest.LogCapture
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("call", [choose_precision, resolve_precision, autocast, precision.scales_gradients])
+@pytest.mark.parametrize("call", [choose_precision, resolve_precision, autocast, precision.gradient_scaler])
 def test_an_unknown_word_names_the_nearest(call) -> None:
     with pytest.raises(ValueError, match=r"unknown precision 'amp_bf61' \(did you mean 'amp_bf16'\?\)"):
         call("amp_bf61", "cpu")
@@ -141,7 +141,9 @@ def test_autocast_is_of_the_word(given_flags: Given) -> None:
 
 @pytest.mark.parametrize("word", PRECISIONS)
 def test_only_fp16_scales_gradients(word: str) -> None:
-    assert precision.scales_gradients(word, "cuda") == (word in ("amp", "fp16", "pure_fp16"))
+    scaler = precision.gradient_scaler(word, "cpu")
+    assert scaler.is_enabled() == (word == "fp16")
+    assert scaler.get_scale() == (256 if word == "fp16" else 1)
 
 
 def test_units_of_this_machine_are_said_without_the_native_extension(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from florence_fast.cli.usage import (
     load,
     one_of,
     refusals_as_wrong_usage,
+    settle_precision,
 )
 from florence_fast.files import write_json
 from florence_fast.strict_json import format_json
@@ -54,19 +55,21 @@ def zero_shot(
     pretrained: Pretrained = "artists",
     out: Out = None,
     batch_size: BatchSize = 256,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     device: Device = None,
 ) -> None:
     """How often the right name is the first, or among the first 5 or 10, of all names."""
     from florence_fast.evaluate import class_indices, with_texts
     from florence_fast.evaluate import zero_shot as measure
+    from florence_fast.evaluate.features import device_of
 
     with refusals_as_wrong_usage():
         source, texts = with_texts(_open(data))
         names = _class_names(classnames, data, texts)
         class_indices(texts, names)
     sentences = _template_set(templates)
-    net, tokenizer = load(model, pretrained, device)
+    net, tokenizer = load(model, pretrained, device, precision)
+    precision = settle_precision(precision, device_of(net))
     figures = measure(
         net, tokenizer, source, names, sentences, batch_size=batch_size, precision=precision, progress=True
     )
@@ -81,15 +84,17 @@ def retrieval(
     pretrained: Pretrained = "artists",
     out: Out = None,
     batch_size: BatchSize = 256,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     device: Device = None,
 ) -> None:
     """Recall at 1, 5 and 10 from pictures to texts and from texts to pictures."""
     from florence_fast.evaluate import retrieval as measure
+    from florence_fast.evaluate.features import device_of
 
     with refusals_as_wrong_usage():
         source = _open(data)
-    net, tokenizer = load(model, pretrained, device)
+    net, tokenizer = load(model, pretrained, device, precision)
+    precision = settle_precision(precision, device_of(net))
     figures = measure(
         net, tokenizer, source, template=template, batch_size=batch_size, precision=precision, progress=True
     )

@@ -7,7 +7,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from florence_fast.cli.usage import Device, Model, Precision, Pretrained, load, refusals_as_wrong_usage
+from florence_fast.cli.usage import (
+    Device,
+    Model,
+    Precision,
+    Pretrained,
+    load,
+    refusals_as_wrong_usage,
+    settle_precision,
+)
 from florence_fast.files import write_json
 
 
@@ -19,16 +27,18 @@ def command(
     model: Model = "florence_nano",
     pretrained: Pretrained = "artists",
     out: Annotated[Path | None, typer.Option("--out", help="Also write the answer here, as JSON.")] = None,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     device: Device = None,
 ) -> None:
     """Say which of several texts describes a picture."""
     from florence_fast.data.pictures import open_picture
     from florence_fast.evaluate import probabilities
+    from florence_fast.evaluate.features import device_of
 
     with refusals_as_wrong_usage():
         picture = open_picture(image)
-    net, tokenizer = load(model, pretrained, device)
+    net, tokenizer = load(model, pretrained, device, precision)
+    precision = settle_precision(precision, device_of(net))
     # The parser gives --texts one value only; those that follow it arrive as arguments.
     texts = [*texts, *(more_texts or [])]
     with refusals_as_wrong_usage():

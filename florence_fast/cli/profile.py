@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from florence_fast.cli.usage import BatchSize, Device, Model, WrongUsage, one_of, pick_device, refusals_as_wrong_usage
+from florence_fast.cli.usage import (
+    BatchSize,
+    Device,
+    Model,
+    Precision,
+    WrongUsage,
+    pick_device,
+    refusals_as_wrong_usage,
+    settle_precision,
+)
 
-PRECISIONS = ("fp32", "bf16", "fp16", "amp_bf16", "amp")
 _SAY_WHAT = ("model", "batch_size", "image_size", "precision", "micro_batch_size", "steps", "warmup", "seed", "device")
 
 
@@ -23,9 +32,7 @@ def command(
         int | None, typer.Option("--image-size", min=4, help="Side of the pictures.", show_default="the model's")
     ] = None,
     batch_size: BatchSize = 8,
-    precision: Annotated[
-        str, typer.Option("--precision", callback=one_of(*PRECISIONS), help="fp32, bf16, fp16, amp_bf16 or amp.")
-    ] = "fp32",
+    precision: Precision = "auto",
     train: Annotated[bool, typer.Option("--train", help="A contrastive step: forward, backward, AdamW.")] = False,
     micro_batch_size: Annotated[
         int | None, typer.Option("--micro-batch-size", min=1, help="With --train: pairs at a time (gradient cache).")
@@ -57,13 +64,15 @@ def command(
 
     from florence_fast.profile.workload import Workload, check
 
-    workload = Workload(model, batch_size, image_size, precision, train, micro_batch_size, seed)
     with refusals_as_wrong_usage():
         device = pick_device(device)
+    workload = Workload(model, batch_size, image_size, precision, train, micro_batch_size, seed)
+    with refusals_as_wrong_usage():
         check(workload)
     if bare:
         _run_bare(workload, device, steps, warmup)
         return
+    workload = replace(workload, precision=settle_precision(precision, device))
 
     from florence_fast.files import write_json
     from florence_fast.profile import profile
@@ -138,4 +147,5 @@ def _run_bare(workload: Any, device: str, steps: int, warmup: int) -> None:
 
     with refusals_as_wrong_usage():
         find_nvtx()
+    workload = replace(workload, precision=settle_precision(workload.precision, device))
     print(f"{run_bare(workload, device, steps=steps, warmup=warmup):.3g} ms a step, with NVTX ranges")

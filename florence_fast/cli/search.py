@@ -7,7 +7,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from florence_fast.cli.usage import BatchSize, Device, Model, Precision, Pretrained, load, refusals_as_wrong_usage
+from florence_fast.cli.usage import (
+    BatchSize,
+    Device,
+    Model,
+    Precision,
+    Pretrained,
+    load,
+    refusals_as_wrong_usage,
+    settle_precision,
+)
 from florence_fast.files import write_json, write_text
 
 
@@ -21,7 +30,7 @@ def command(
         "runs/search"
     ),
     batch_size: BatchSize = 64,
-    precision: Precision = "fp32",
+    precision: Precision = "auto",
     device: Device = None,
 ) -> None:
     """Find pictures in a folder by words.
@@ -31,10 +40,12 @@ def command(
     from florence_fast.evaluate import PictureFolder, index_pictures
     from florence_fast.evaluate import search as rank
     from florence_fast.evaluate.contact_sheet import contact_sheet
+    from florence_fast.evaluate.features import device_of
 
     with refusals_as_wrong_usage():
         pictures = PictureFolder(images)
-    net, tokenizer = load(model, pretrained, device)
+    net, tokenizer = load(model, pretrained, device, precision)
+    precision = settle_precision(precision, device_of(net))
     index = index_pictures(net, pictures, batch_size=batch_size, precision=precision, progress=True)
     hits = rank(net, tokenizer, index, query, top)
 

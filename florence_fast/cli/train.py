@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from florence_fast.cli.usage import (
+    PRECISION_HELP,
     Model,
     WrongUsage,
     exit_if_interrupted,
@@ -58,7 +59,7 @@ def command(
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up.", show_default="a twentieth")] = None,
     grad_clip_norm: Annotated[float | None, _flag(1.0, help="Largest gradient norm.")] = None,
     loss: Annotated[str | None, _flag("unicl", help="unicl (equal texts are positives) or clip.")] = None,
-    precision: Annotated[str | None, _flag("amp_bf16", help="fp32, bf16, fp16, amp_bf16 or amp.")] = None,
+    precision: Annotated[str | None, _flag("auto", help=PRECISION_HELP)] = None,
     grad_checkpointing: Annotated[
         bool | None, typer.Option("--grad-checkpointing", help="Trade time for memory.")
     ] = None,

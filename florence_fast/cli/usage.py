@@ -1,5 +1,6 @@
 """What the commands share: refusals become wrong usage, and a model is loaded with its tokenizer."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from florence_fast.errors import did_you_mean
+from florence_fast.precision import PRECISIONS
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+PRECISION_HELP = "auto (bf16 where the device is fast at it), fp32, amp_bf16, amp (fp16); of weights: bf16, fp16."
 REFUSALS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError)
 
 
@@ -32,7 +36,12 @@ Pretrained = Annotated[
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1; by default a GPU if there is one.")]
 Precision = Annotated[
-    str, typer.Option("--precision", callback=one_of("fp32", "amp_bf16", "amp"), help="fp32, amp_bf16 or amp.")
+    str,
+    typer.Option(
+        "--precision",
+        callback=one_of(*PRECISIONS),
+        help=PRECISION_HELP,
+    ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures or texts in one forward pass.")]
 
@@ -65,13 +74,24 @@ def exit_if_interrupted(result: dict[str, Any]) -> None:
         raise typer.Exit(130)
 
 
-def load(model: str, pretrained: str | None, device: str | None) -> tuple["nn.Module", Any]:
+def load(model: str, pretrained: str | None, device: str | None, precision: str = "fp32") -> tuple["nn.Module", Any]:
     """Create a model on its device, with its tokenizer; a name, tag or device that is not there is wrong usage."""
     import florence_fast as ff
 
     with refusals_as_wrong_usage():
         weights = None if pretrained == "none" else pretrained
-        return ff.create_model(model, pretrained=weights, device=pick_device(device)), ff.get_tokenizer(model)
+        net = ff.create_model(model, pretrained=weights, precision=precision, device=pick_device(device))
+        return net, ff.get_tokenizer(model)
+
+
+def settle_precision(word: str, device: "str | torch.device") -> str:
+    """Return the precision that ``word`` means on a device, after saying on stderr what was chosen and why."""
+    from florence_fast.precision import choose_precision, resolve_precision
+
+    choice = choose_precision(word, device)
+    if choice.precision != word:
+        print(choice, file=sys.stderr)
+    return resolve_precision(word, device)
 
 
 def pick_device(name: str | None) -> str:

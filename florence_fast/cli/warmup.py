@@ -6,7 +6,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from florence_fast.cli.usage import Device, Model, one_of, pick_device, refusals_as_wrong_usage
+from florence_fast.cli.usage import (
+    PRECISION_HELP,
+    Device,
+    Model,
+    one_of,
+    pick_device,
+    refusals_as_wrong_usage,
+    settle_precision,
+)
+from florence_fast.precision import PRECISIONS
 
 
 def command(
@@ -16,10 +25,10 @@ def command(
         typer.Option(
             "--precision",
             "--dtype",
-            callback=one_of("fp32", "bf16", "fp16", "amp_bf16", "amp"),
-            help="fp32, bf16, fp16, amp_bf16 or amp.",
+            callback=one_of(*PRECISIONS),
+            help=PRECISION_HELP,
         ),
-    ] = "fp32",
+    ] = "auto",
     img_size: Annotated[
         int | None, typer.Option("--img-size", min=4, help="Side of the pictures.", show_default="the model's")
     ] = None,
@@ -42,6 +51,7 @@ def command(
 
     with refusals_as_wrong_usage():
         get_model_config(model)
+    precision = settle_precision(precision, device)
     console = Console(markup=False, highlight=False)
     with console.status(f"running {model}"):
         found = warm_up(model, device, precision=precision, img_size=img_size, batch_size=batch_size, train=train)

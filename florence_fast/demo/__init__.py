@@ -75,9 +75,7 @@ def run(
     def measure(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
         """Ask for the unseen artist at the size of the current stage."""
         size = config.stage_at(trainer.step - 1)[1].image_size
-        found = zero_shot(
-            model, tokenizer, test, names, transform=evaluation_transform(model, size), precision="amp_bf16"
-        )
+        found = zero_shot(model, tokenizer, test, names, transform=evaluation_transform(model, size))
         shares = {key: found[key] for key in ("top1", "top5", "top10")}
         logger.info("unseen artist at %d px: top-1 %.3f, top-5 %.3f", size, shares["top1"], shares["top5"])
         return {"image_size": size, **shares}
@@ -107,11 +105,11 @@ def run(
         "images_per_second": trained["images_per_second"],
         "steps": trained["step"],
         "images_seen": trained["position"],
-        "zero_shot": zero_shot(model, tokenizer, test, names, precision="amp_bf16", progress=True),
-        "retrieval": retrieval(model, tokenizer, test, precision="amp_bf16", progress=True),
+        "zero_shot": zero_shot(model, tokenizer, test, names, progress=True),
+        "retrieval": retrieval(model, tokenizer, test, progress=True),
         "clip_baseline": read_baseline(),
         "seed": seed,
-        "config": config.to_dict(),
+        "config": trainer.config.to_dict(),
         **provenance(),
     }
     write_json(out / "results.json", results)

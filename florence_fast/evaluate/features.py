@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -15,11 +15,10 @@ from tqdm import tqdm
 from florence_fast.data.loader import BadDataError
 from florence_fast.data.pairs import PairSource, Subset
 from florence_fast.data.transforms import image_transform
-from florence_fast.errors import unknown
+from florence_fast.precision import autocast, check_precision, input_dtype, resolve_precision, weights_dtype
 
 log = logging.getLogger(__name__)
 
-AUTOCAST = {"fp32": None, "amp_bf16": torch.bfloat16, "amp": torch.float16}
 UNREADABLE = (OSError, ValueError)  # what a source raises for a pair that cannot be read
 Item = TypeVar("Item")
 ImageTransform = Callable[[Image.Image], Tensor]
@@ -48,7 +47,7 @@ def encode_images(
     transform: ImageTransform | None = None,
     *,
     batch_size: int = 256,
-    precision: str = "fp32",
+    precision: str = "auto",
     max_bad_share: float = 0.01,
     progress: bool = False,
 ) -> EncodedImages:
@@ -57,11 +56,11 @@ def encode_images(
     A picture that cannot be read is named in the log and left out.
 
     Args:
-        model: A dual encoder with ``encode_image``; its first parameter says device and dtype.
+        model: A dual encoder with ``encode_image``; its parameters say device and dtype.
         pictures: The source.
         transform: From a PIL picture to a (3, H, W) tensor; by default the model's own evaluation transform.
         batch_size: Pictures in one forward pass.
-        precision: "fp32", "amp_bf16" or "amp" (float16 autocast).
+        precision: A word of ``florence_fast.precision``; "auto" is bf16 autocast where the device is fast at it.
         max_bad_share: Share of unreadable pictures, 0 to 1, above which the call fails.
         progress: Show a progress bar.
 
@@ -78,7 +77,7 @@ def encode_images(
     with evaluating(model, precision):
         for batch in _batches(bar, batch_size):
             indices += [index for index, _ in batch]
-            images_BCHW = torch.stack([image for _, image in batch]).to(_first_parameter(model))
+            images_BCHW = torch.stack([image for _, image in batch]).to(device_of(model), input_dtype(model))
             features.append(_normalized(model.encode_image(images_BCHW)))
     if not features:
         raise BadDataError(f"none of {len(pictures)} pictures can be read; first: {pictures.describe(0)}")
@@ -91,7 +90,7 @@ def encode_texts(
     texts: Sequence[str],
     *,
     batch_size: int = 256,
-    precision: str = "fp32",
+    precision: str = "auto",
     progress: bool = False,
 ) -> Tensor:
     """Encode texts with the text tower, as they are and in their order.
@@ -107,7 +106,7 @@ def encode_texts(
     features = []
     with evaluating(model, precision):
         for batch in _batches(tqdm(texts, desc="texts", unit="text", disable=not progress), batch_size):
-            tokens_BL = tokenizer(batch).to(_first_parameter(model).device)
+            tokens_BL = tokenizer(batch).to(device_of(model))
             features.append(_normalized(model.encode_text(tokens_BL)))
     return torch.cat(features)
 
@@ -130,19 +129,17 @@ def evaluation_transform(model: nn.Module, size: int | None = None) -> ImageTran
 
 
 @contextmanager
-def evaluating(model: nn.Module, precision: str = "fp32") -> Iterator[None]:
+def evaluating(model: nn.Module, precision: str = "auto") -> Iterator[None]:
     """Run ``model`` in evaluation mode, without gradients, at ``precision``; its mode is restored afterwards.
 
     Raises:
-        ValueError: ``precision`` is none of "fp32", "amp_bf16" and "amp".
+        ValueError: ``precision`` is unknown, or one of weights, "bf16" for example, that the model's weights have not.
     """
-    if precision not in AUTOCAST:
-        raise unknown("precision", precision, AUTOCAST)
-    dtype, was_training = AUTOCAST[precision], model.training
-    device_type = _first_parameter(model).device.type
+    device, was_training = device_of(model), model.training
+    region = autocast(_in_force(model, precision, device), device)
     model.eval()
     try:
-        with torch.no_grad(), nullcontext() if dtype is None else torch.autocast(device_type, dtype):
+        with torch.no_grad(), region:
             yield
     finally:
         model.train(was_training)
@@ -173,9 +170,22 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _first_parameter(model: nn.Module) -> Tensor:
-    """The parameter whose device and dtype the inputs follow."""
-    return next(model.parameters())
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's parameters, to which its inputs go."""
+    return next(model.parameters()).device
+
+
+def _in_force(model: nn.Module, precision: str, device: torch.device) -> str:
+    """Resolve a word; "auto" leaves products of 16-bit weights as they are."""
+    wanted, present = weights_dtype(precision), input_dtype(model)
+    if wanted not in (None, present):
+        raise ValueError(
+            f"precision {precision!r} is one of weights, and those of this model are {present}: "
+            f"create_model(..., precision={precision!r}) casts them"
+        )
+    if check_precision(precision) == "auto" and present in (torch.bfloat16, torch.float16):
+        return "bf16" if present == torch.bfloat16 else "fp16"
+    return resolve_precision(precision, device)
 
 
 def _normalized(features_BD: Tensor) -> Tensor:

@@ -5,7 +5,14 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 from torch import Tensor, nn
 
-from florence_fast.evaluate.features import ImageTransform, encode_texts, evaluating, evaluation_transform
+from florence_fast.evaluate.features import (
+    ImageTransform,
+    device_of,
+    encode_texts,
+    evaluating,
+    evaluation_transform,
+)
+from florence_fast.precision import input_dtype
 
 
 def probabilities(
@@ -15,7 +22,7 @@ def probabilities(
     texts: Sequence[str],
     *,
     transform: ImageTransform | None = None,
-    precision: str = "fp32",
+    precision: str = "auto",
 ) -> list[float]:
     """Return the probability of each text, given that exactly one of them describes the picture.
 
@@ -27,7 +34,7 @@ def probabilities(
         image: An RGB picture.
         texts: The choices, at least one.
         transform: From a PIL picture to a tensor; by default the model's own evaluation transform.
-        precision: "fp32", "amp_bf16" or "amp".
+        precision: A word of ``florence_fast.precision``.
 
     Returns:
         One number for each text, in their order, adding up to 1.
@@ -37,8 +44,9 @@ def probabilities(
 
     >>> probabilities(model, tokenizer, Image.open("cat.png"), ["a cat", "a dog"])
     """
-    parameter = next(model.parameters())
-    pixels_1CHW = (transform or evaluation_transform(model))(image).unsqueeze(0).to(parameter)
+    pixels_1CHW = (
+        (transform or evaluation_transform(model))(image).unsqueeze(0).to(device_of(model), input_dtype(model))
+    )
     texts_KD = encode_texts(model, tokenizer, texts, precision=precision)
     with evaluating(model, precision):
         image_1D, _, scale = model(image=pixels_1CHW)

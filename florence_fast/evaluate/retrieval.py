@@ -28,7 +28,7 @@ def retrieval(
     merge_equal_pictures: bool = True,
     transform: ImageTransform | None = None,
     batch_size: int = 256,
-    precision: str = "fp32",
+    precision: str = "auto",
     progress: bool = False,
 ) -> dict[str, dict[str, float] | int]:
     """Measure recall at 1, 5 and 10 from pictures to texts and from texts to pictures.
@@ -45,7 +45,7 @@ def retrieval(
         merge_equal_pictures: Whether rows with the same pixels are one picture, or each row is its own.
         transform: From a PIL picture to a tensor; by default the model's own evaluation transform.
         batch_size: Pictures or texts in one forward pass.
-        precision: "fp32", "amp_bf16" or "amp".
+        precision: A word of ``florence_fast.precision``.
         progress: Show progress bars.
 
     Returns:

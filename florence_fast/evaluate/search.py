@@ -76,7 +76,7 @@ def index_pictures(
     *,
     transform: ImageTransform | None = None,
     batch_size: int = 64,
-    precision: str = "fp32",
+    precision: str = "auto",
     progress: bool = False,
 ) -> PictureIndex:
     """Encode every readable picture of a folder; the others are named in the log.

@@ -70,7 +70,7 @@ def zero_shot(
     *,
     transform: ImageTransform | None = None,
     batch_size: int = 256,
-    precision: str = "fp32",
+    precision: str = "auto",
     progress: bool = False,
 ) -> dict[str, float | int]:
     """Measure how often the right name is the first, or among the first 5 or 10, of all class names.
@@ -86,7 +86,7 @@ def zero_shot(
         templates: See ``build_zero_shot_classifier``.
         transform: From a PIL picture to a tensor; by default the model's own evaluation transform.
         batch_size: Pictures in one forward pass.
-        precision: Of the image tower: "fp32", "amp_bf16" or "amp".
+        precision: Of the image tower, a word of ``florence_fast.precision``.
         progress: Show progress bars.
 
     Returns:

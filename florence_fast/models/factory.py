@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from florence_fast.errors import did_you_mean, unknown
+from florence_fast.errors import did_you_mean
 from florence_fast.models.config import IMAGENET_MEAN, IMAGENET_STD, FlorenceConfig, ImageConfig
 from florence_fast.models.florence import Florence, build_tower
 from florence_fast.models.pretrained import Checkpoint, find_pretrained, load_state, read_checkpoint
 from florence_fast.models.registry import ModelConfig, config_from_dict, get_model_config
 from florence_fast.models.tower import FeatureExtractor, ImageTower
+from florence_fast.precision import check_precision, is_pure, weights_dtype
 
 LOCAL_DIR = "local-dir:"
-
-# None: weights stay fp32 and autocast lowers what it may
-PRECISIONS = {"fp32": None, "amp": None, "amp_bf16": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_TABLE = "relative_position_bias_table"
 
 # keyword of create_model -> the part of the configuration and the field that it sets
 _OVERRIDES = {
@@ -68,7 +68,8 @@ def create_model(
         pretrained: a tag of `list_pretrained()`, a directory of `save_pretrained`, or a file: safetensors, or
             ``.pth``/``.pt`` with tensors alone, in our own layout or that of Microsoft's Swin or UniCL, timm's or
             Hugging Face's Swin. The configuration inside such a file is followed.
-        precision: open_clip's words: fp32, amp and amp_bf16 (fp32 weights, for autocast), bf16 and fp16 (weights).
+        precision: open_clip's words: fp32, amp and amp_bf16 (fp32 weights, for autocast), bf16 and fp16 (weights but
+            norms, bias tables and the temperature), pure_bf16 and pure_fp16 (all weights); auto means fp32 weights.
         device: where the model goes.
         strict: raise when the weights do not cover the model exactly.
         features_only: return the image tower as a backbone that gives a list of maps.
@@ -91,8 +92,7 @@ def create_model(
     >>> model.encode_image(torch.randn(2, 3, 32, 32)).shape
     torch.Size([2, 256])
     """
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
+    check_precision(precision)
     config, checkpoint = _plan(model_name, pretrained)
     model = build_model(_override(config, overrides))
     if checkpoint is not None:
@@ -102,7 +102,7 @@ def create_model(
         model.output_dict = output_dict
     if features_only:
         model = FeatureExtractor(model.visual if isinstance(model, Florence) else model, out_indices, output_fmt)
-    return cast_weights(model, PRECISIONS[precision]).to(device)
+    return cast_weights(model, precision).to(device)
 
 
 def _plan(model_name: str, pretrained: str | os.PathLike[str] | None) -> tuple[ModelConfig, Checkpoint | None]:
@@ -160,12 +160,22 @@ def _override(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
     return config
 
 
-def cast_weights(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """Bring weights to ``dtype``, in place; bias tables and logit_scale stay fp32, as the ops want them."""
-    if dtype is not None:
-        for name, parameter in model.named_parameters():
-            if not name.endswith(("relative_position_bias_table", "logit_scale")):
-                parameter.data = parameter.data.to(dtype)
+def cast_weights(model: nn.Module, precision: str) -> nn.Module:
+    """Bring weights, in place, to the dtype that a precision gives them.
+
+    With "bf16" and "fp16" norms, tables of position biases and scalars (the temperature) are fp32, since what training
+    adds to them is too little to be seen in 16 bits; with the "pure" words they are not. Any other word brings 16-bit
+    weights to fp32. float64 is left alone.
+
+    Raises:
+        ValueError: ``precision`` is unknown.
+    """
+    dtype, pure = weights_dtype(precision) or torch.float32, is_pure(precision)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                kept = not pure and (parameter.ndim == 0 or isinstance(module, _NORMS) or name.endswith(_TABLE))
+                parameter.data = parameter.data.to(torch.float32 if kept else dtype)
     return model
 
 

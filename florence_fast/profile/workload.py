@@ -3,7 +3,6 @@
 Letters: B pairs of a batch · L context length · S side of the pictures
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from florence_fast.data.loader import Batch
 from florence_fast.models import create_model, get_model_config
 from florence_fast.models.config import FlorenceConfig
+from florence_fast.precision import autocast, gradient_scaler, input_dtype
 from florence_fast.ranges import annotate
 from florence_fast.train import TrainConfig
 from florence_fast.train.config import Stage
+from florence_fast.train.masters import MasterWeights
 from florence_fast.train.optim import create_optimizer
 from florence_fast.train.step import ContrastiveStep
-
-AUTOCAST = {"amp_bf16": torch.bfloat16, "amp": torch.float16}
 
 Step = Callable[[], object]
 
@@ -32,7 +31,7 @@ class Workload:
         model: name of a dual encoder or of an image tower.
         batch_size: pictures, and as many texts for a dual encoder, B.
         image_size: side of the pictures, S; None takes the model's.
-        precision: "fp32", "bf16" or "fp16" (weights), "amp_bf16" or "amp" (autocast).
+        precision: a word of ``florence_fast.precision``.
         train: forward, loss, backward and AdamW of a contrastive step, in place of a forward pass without a graph.
         micro_batch_size: train through the gradient cache, with so many pairs at a time.
         seed: of weights, pictures and texts.
@@ -41,7 +40,7 @@ class Workload:
     model: str
     batch_size: int
     image_size: int | None = None
-    precision: str = "fp32"
+    precision: str = "auto"
     train: bool = False
     micro_batch_size: int | None = None
     seed: int = 0
@@ -80,15 +79,11 @@ def _forward(workload: Workload, model: nn.Module) -> Step:
     parameter = next(model.parameters())
     both = isinstance(model.config, FlorenceConfig)
     side = (model.config.image if both else model.config).img_size
-    images = torch.randn(workload.batch_size, 3, side, side, device=parameter.device, dtype=parameter.dtype)
+    images = torch.randn(workload.batch_size, 3, side, side, device=parameter.device, dtype=input_dtype(model))
     inputs = (images, _tokens(workload, model).to(parameter.device)) if both else (images,)
-    dtype = AUTOCAST.get(workload.precision)
 
     def step() -> object:
-        with (
-            torch.no_grad(),
-            contextlib.nullcontext() if dtype is None else torch.autocast(parameter.device.type, dtype),
-        ):
+        with torch.no_grad(), autocast(workload.precision, parameter.device):
             return model(*inputs)
 
     return step
@@ -110,15 +105,18 @@ def _training_step(workload: Workload, model: nn.Module) -> Step:
     numbers = torch.arange(count)
     batch = Batch(images, [str(number) for number in range(count)], numbers, numbers, skipped=0)
     contrastive = ContrastiveStep(model, lambda texts: tokens[: len(texts)], config, None)
-    optimizer = create_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=workload.precision == "amp" and device.type == "cuda")
+    masters = MasterWeights(model, workload.precision)
+    optimizer = create_optimizer(model, config, masters)
+    scaler = gradient_scaler(workload.precision, device)
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with annotate("train.gradients"):
             loss = contrastive(batch, size, 0, scaler)
         with annotate("train.optimizer"):
+            masters.take_gradients()
             scaler.step(optimizer)
+            masters.give_weights()
         scaler.update()
         model.clamp_logit_scale_()
         return loss

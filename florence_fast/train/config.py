@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from florence_fast.errors import did_you_mean, require_count, require_number, unknown
+from florence_fast.precision import PRECISIONS
 
-PRECISIONS = ("fp32", "bf16", "fp16", "amp_bf16", "amp")
 LOSSES = ("unicl", "clip")
 SMALLEST_EPS = 2.0**-126
 """The smallest normal number of fp32: a smaller `eps` may be 0 there, and AdamW divides 0 by it."""
@@ -108,8 +108,8 @@ class TrainConfig:
         weight_decay: of matrices and convolutions; biases, norms, tables and embeddings have none.
         beta1, beta2, eps: of AdamW.
         grad_clip_norm: largest gradient norm; None leaves gradients alone.
-        precision: "fp32", "bf16" or "fp16" (weights), "amp_bf16" or "amp" (autocast; "amp" is fp16 with a gradient
-            scaler on CUDA and bf16 on a CPU).
+        precision: a word of ``florence_fast.precision``; "auto" is bf16 autocast where the device is fast at it. A run
+            records what the word meant on its device.
         loss: "unicl" (equal texts are positives of each other) or "clip" (the diagonal).
         loss_reduction, loss_chunk_size, gather: passed to `ContrastiveLoss`.
         micro_batch_size: samples that are encoded at a time, through the gradient cache; None encodes all at once.
@@ -140,7 +140,7 @@ class TrainConfig:
     beta2: float = 0.98
     eps: float = 1e-6
     grad_clip_norm: float | None = 1.0
-    precision: str = "amp_bf16"
+    precision: str = "auto"
     loss: str = "unicl"
     loss_reduction: str = "mean_directions"
     loss_chunk_size: int | None = None

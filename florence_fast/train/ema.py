@@ -1,6 +1,6 @@
 """A moving average of the weights, kept in fp32 beside the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,10 +24,11 @@ class EMA:
         self.average = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the weights."""
+    def update(self, model: nn.Module, masters: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Move the average towards the weights, or towards the fp32 ``masters`` of those that have one."""
         self.updates += 1
-        weights = {name: p.detach().float() for name, p in model.named_parameters()}
+        exact = {**dict(model.named_parameters()), **(masters or {})}
+        weights = {name: p.detach().float() for name, p in exact.items()}
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), 1 - decay)
 

@@ -5,17 +5,19 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from florence_fast.data.loader import Batch, PairLoader
+from florence_fast.models.factory import cast_weights
 from florence_fast.models.saving import CONFIG_KEY
+from florence_fast.precision import check_same_weights, choose_precision, gradient_scaler, is_pure, resolve_precision
 from florence_fast.ranges import annotate, annotated
 from florence_fast.strict_json import format_json
 from florence_fast.train.checkpoint import CheckpointStore
@@ -24,6 +26,7 @@ from florence_fast.train.counters import Counters
 from florence_fast.train.distributed import barrier, rank, world_size
 from florence_fast.train.ema import EMA
 from florence_fast.train.log import IntervalTimes, RunLog, Stopwatch
+from florence_fast.train.masters import MasterWeights
 from florence_fast.train.optim import carry_state, create_optimizer, learning_rate, set_learning_rate
 from florence_fast.train.reproducible import (
     deterministic_algorithms,
@@ -81,21 +84,21 @@ class Trainer:
         generators: Mapping[str, np.random.Generator] | None = None,
     ) -> None:
         self.model = model
-        self.config = config
+        self.device = next(model.parameters()).device
+        self.precision = choose_precision(config.precision, self.device)
+        self.config = config = replace(config, precision=resolve_precision(config.precision, self.device))
         self.out_dir = Path(out_dir)
         self.on_interval = on_interval
         self.generators = dict(generators or {})
-        self.device = next(model.parameters()).device
-        if config.precision in ("bf16", "fp16"):
-            model.to(torch.bfloat16 if config.precision == "bf16" else torch.float16)
+        cast_weights(model, config.precision)
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
         self.samples_per_epoch = len(source)
         self.loader = _create_loader(source, config)
         self.contrastive_step = ContrastiveStep(model, tokenizer, config, augment)
-        self.optimizer = create_optimizer(model, config)
-        scaled = config.precision == "amp" and self.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.masters = MasterWeights(model, config.precision)
+        self.optimizer = create_optimizer(model, config, self.masters)
+        self.scaler = gradient_scaler(config.precision, self.device)
         self.ema = EMA(model, config.ema_decay) if config.ema_decay is not None else None
         self.store = CheckpointStore(self.out_dir / "checkpoints", config.keep_checkpoints)
         self.counters = Counters()
@@ -148,6 +151,9 @@ class Trainer:
         )
         with self.log, deterministic_algorithms(deterministic), StopRequest() as stop:
             path = self._resume(resume)
+            logger.info("%s", self.precision)
+            if is_pure(config.precision):
+                logger.warning("%s keeps no fp32 copy of its weights: small updates are lost", config.precision)
             self.log.start(self.step, config.total_steps, config.to_dict())
             self.watch = Stopwatch(self.counters.seconds)
             try:
@@ -194,8 +200,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with annotate("train.gradients"):
             loss = self.contrastive_step(batch, stage.image_size, counters.step, self.scaler)
+        self.masters.take_gradients()
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = [p for p in self.masters.named.values() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         loss_value, norm_value, finite, stopping = agree(loss, norm, bool(stop))
         if finite:
@@ -203,9 +210,10 @@ class Trainer:
                 nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip_norm, norm)
             with annotate("train.optimizer"):
                 self.scaler.step(self.optimizer)
+                self.masters.give_weights()
             self.model.clamp_logit_scale_()
             if self.ema is not None:
-                self.ema.update(self.model)
+                self.ema.update(self.model, self.masters.copies)
             counters.good_step(loss_value, norm_value)
         else:
             self._skip(loss_value, norm_value, batch)
@@ -219,7 +227,7 @@ class Trainer:
     def _skip(self, loss: float, norm: float, batch: Batch) -> None:
         """Count a step without an update, name its cause, and end the run when there were too many in a row."""
         self.counters.skipped_step()
-        names = [n for n, p in self.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        names = [n for n, p in self.masters.named.items() if p.grad is not None and not p.grad.isfinite().all()]
         cause = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         described = (
             f"step {self.step} skipped: {cause}; NaN or Inf in the gradients of {len(names)} parameters "
@@ -257,7 +265,8 @@ class Trainer:
         image_size = self.config.stages[number].image_size
         self.model.set_input_size(img_size=image_size, window_size=windows[-1] if windows else None)
         if set(self.model.parameters()) != before:
-            optimizer = create_optimizer(self.model, self.config)
+            self.masters = MasterWeights(self.model, self.config.precision, self.masters)
+            optimizer = create_optimizer(self.model, self.config, self.masters)
             carry_state(self.optimizer, optimizer)
             self.optimizer = optimizer
             if self.ema is not None:
@@ -311,6 +320,7 @@ class Trainer:
             "counters": self.counters.to_dict(),
             "stage": self._stage_number,
             "model": self.model.state_dict(),
+            "masters": self.masters.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
@@ -349,12 +359,14 @@ class Trainer:
         """Take over a checkpoint, after saying in what the run differs from the one that wrote it."""
         if state.get("format") != CHECKPOINT_FORMAT:
             raise ValueError(f"the checkpoint has format {state.get('format')!r}, wanted {CHECKPOINT_FORMAT}")
+        check_same_weights(state["config"]["precision"], self.config.precision)
         warn_of_differences("setting", state["config"], self.config.to_dict())
         warn_of_differences("environment", state["environment"], environment(self.device, world_size()))
         self.counters = Counters(**state["counters"])
         self._set_window(state["stage"])
         self._stage_number = None
         self.model.load_state_dict(state["model"])
+        self.masters.load_state_dict(state.get("masters", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if (self.ema is None) != (state["ema"] is None):

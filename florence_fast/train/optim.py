@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from florence_fast.train.config import TrainConfig
+from florence_fast.train.masters import MasterWeights
 
 
 def split_by_decay(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -32,7 +33,7 @@ def split_by_decay(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str,
     return decayed, {name: p for name, p in trainable.items() if name not in decayed}
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def create_optimizer(model: nn.Module, config: TrainConfig, masters: MasterWeights | None = None) -> torch.optim.AdamW:
     """Create AdamW over the model's trainable parameters, in one fused update a step.
 
     Decay is decoupled (Loshchilov and Hutter): p <- p - lr * weight_decay * p beside the adaptive step.
@@ -40,13 +41,15 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW
     Args:
         model: module whose parameters are already on their device.
         config: lr, weight_decay, beta1, beta2 and eps are read.
+        masters: fp32 copies that are updated in the place of 16-bit parameters.
 
     Returns:
         The optimiser, with one group that decays and one that does not; each group lists its ``names``.
     """
     decayed, kept = split_by_decay(model)
+    updated = {**decayed, **kept} if masters is None else masters.named
     groups = [
-        {"params": list(members.values()), "names": list(members), "weight_decay": decay}
+        {"params": [updated[name] for name in members], "names": list(members), "weight_decay": decay}
         for members, decay in ((decayed, config.weight_decay), (kept, 0.0))
         if members
     ]

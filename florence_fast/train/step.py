@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from florence_fast.data.loader import Batch
+from florence_fast.precision import autocast, input_dtype
 from florence_fast.ranges import annotated
 from florence_fast.train.config import TrainConfig
 from florence_fast.train.distributed import rank, world_size
@@ -52,7 +53,7 @@ class ContrastiveStep:
         self.config = config
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
-        self.dtype = next(model.parameters()).dtype
+        self.dtype = input_dtype(model)
         self.augment = augment or plain_images(model, self.device)
         self.loss = ContrastiveLoss(config.loss_reduction, config.loss_chunk_size, config.gather)
         self.wrap(model)
@@ -86,8 +87,7 @@ class ContrastiveStep:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast region of the configured precision; without autocast it changes nothing."""
-        dtype = torch.bfloat16 if self.config.precision == "amp_bf16" else torch.get_autocast_dtype(self.device.type)
-        return torch.autocast(self.device.type, dtype, enabled=self.config.precision.startswith("amp"))
+        return autocast(self.config.precision, self.device)
 
     def _backward(self, batch: Prepared, scaler: torch.amp.GradScaler) -> Tensor:
         if self.config.micro_batch_size is not None:

@@ -8,6 +8,7 @@ from PIL import Image
 
 import florence_fast as ff
 from florence_fast.models import FeatureExtractor, Florence, registry
+from florence_fast.models.factory import cast_weights
 from tests.models.test_text import texts
 from tests.models.tiny import COSWIN, FLORENCE
 
@@ -48,12 +49,19 @@ def test_nano_reads_pictures_and_words():
 
 @pytest.mark.parametrize(
     ("precision", "dtype"),
-    [("fp32", torch.float32), ("amp", torch.float32), ("amp_bf16", torch.float32), ("bf16", torch.bfloat16)],
+    [
+        ("auto", torch.float32),
+        ("fp32", torch.float32),
+        ("amp", torch.float32),
+        ("amp_bf16", torch.float32),
+        ("bf16", torch.bfloat16),
+    ],
 )
 def test_precision_words(precision, dtype):
     model = ff.create_model("florence_pico", precision=precision)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    kept = {n for n in dtypes if n.endswith(("relative_position_bias_table", "logit_scale"))}
+    norms = {f"{n}.{p}" for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm) for p in m._parameters}
+    kept = {n for n in dtypes if n.endswith(("relative_position_bias_table", "logit_scale"))} | norms
     assert {dtypes[name] for name in kept} == {torch.float32}
     assert {dtypes[name] for name in dtypes.keys() - kept} == {dtype}
     u, v, factor = model(torch.randn(1, 3, 32, 32), texts(4))
@@ -62,7 +70,26 @@ def test_precision_words(precision, dtype):
 
 
 def test_fp16_weights():
-    assert ff.create_model("coswin_pico", precision="fp16").norm.weight.dtype == torch.float16
+    model = ff.create_model("coswin_pico", precision="fp16")
+    assert {p.dtype for p in model.parameters() if p.ndim == 4} == {torch.float16}
+    assert model.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("pure_bf16", torch.bfloat16), ("pure_fp16", torch.float16)])
+def test_pure_words_cast_every_weight_and_the_model_runs(precision, dtype):
+    model = ff.create_model("florence_pico", precision=precision)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    u, v, _ = model(torch.randn(1, 3, 32, 32, dtype=dtype), texts(4))
+    assert (u.dtype, v.dtype) == (dtype, dtype)
+    assert u.isfinite().all() and v.isfinite().all()
+
+
+def test_weights_are_cast_back_and_float64_is_left_alone():
+    model = ff.create_model("florence_pico", precision="pure_bf16")
+    cast_weights(model, "bf16")
+    assert (model.logit_scale.dtype, model.visual.norm.bias.dtype) == (torch.float32, torch.float32)
+    assert {p.dtype for p in cast_weights(model, "amp_bf16").parameters()} == {torch.float32}
+    assert {p.dtype for p in cast_weights(model.double(), "bf16").parameters()} == {torch.float64}
 
 
 def test_overrides_reach_the_part_they_belong_to():

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from florence_fast import models
 from florence_fast.compat.accelerate import accelerate
 from florence_fast.data.tokenizer import Tokenizer
-from florence_fast.errors import require, unknown
-from florence_fast.models.factory import LOCAL_DIR, PRECISIONS
+from florence_fast.errors import require
+from florence_fast.models.factory import LOCAL_DIR
+from florence_fast.precision import weights_dtype
 from florence_fast.text_files import read_json
 
 EXTRA = "open_clip"
@@ -83,10 +84,9 @@ def create_model(
     if is_ours(model_name):
         return models.create_model(model_name, pretrained if load_weights else None, precision, device, **_ours(kwargs))
     if _is_timms(model_name):
-        if precision not in PRECISIONS:
-            raise unknown("precision", precision, PRECISIONS)
+        dtype = weights_dtype(precision)
         model = require("timm", EXTRA).create_model(model_name, pretrained=bool(pretrained and load_weights), **kwargs)
-        return _accelerated(model.to(device, PRECISIONS[precision]))
+        return _accelerated(model.to(device, dtype))
     options = _theirs(pretrained, load_weights, precision=precision, device=device, **kwargs)
     return _accelerated(_open_clip(model_name).create_model(model_name, **options))
 
