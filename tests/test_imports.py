@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What each part of florence_fast may import from the rest of it. Leaves are free to all.
 LEAVES = {
+    "checks",
     "env",
     "errors",
     "files",

@@ -26,13 +26,14 @@ from florence_fast.compat import (
     layouts_torchvision,
 )
 from florence_fast.compat.microsoft import coswin_from_swin
-from florence_fast.compat.shapes import model_config, part, refuse_other_swins
+from florence_fast.compat.shapes import model_config, part, refuse_other_swins, shape_of
 from florence_fast.errors import unknown
 from florence_fast.files import replacing, write_json
 from florence_fast.models.config import FlorenceConfig, ImageConfig, TextConfig
 from florence_fast.models.factory import build_model
-from florence_fast.models.layouts import State, drop_buffers, is_hugging_face_swin, is_unicl, to_our_layout
-from florence_fast.models.pretrained import Checkpoint, match_state, read_tensors
+from florence_fast.models.layouts import State, drop_buffers, is_hugging_face_swin, is_unicl, to_our_layout, unwrap
+from florence_fast.models.pretrained import match_state
+from florence_fast.models.reading import Checkpoint, read_tensors
 from florence_fast.models.registry import config_from_dict, get_model_config
 from florence_fast.models.saving import CONFIG_KEY, CONFIG_NAME, WEIGHTS_NAME
 from florence_fast.models.text import TextTower
@@ -190,7 +191,7 @@ def convert(
 
 def _read(source: str | os.PathLike[str] | Mapping[str, torch.Tensor]) -> Checkpoint:
     if isinstance(source, Mapping):
-        return Checkpoint(Path("state_dict"), dict(source), None)
+        return Checkpoint(Path("state_dict"), unwrap(source), None)
     return read_tensors(source)
 
 
@@ -228,7 +229,7 @@ def _named_config(model: str, state: State) -> Config:
     """Return the configuration of a registered model; a tower gets as many classes as the source has."""
     config = get_model_config(model)
     if isinstance(config, ImageConfig) and "head.weight" in state:
-        return dataclasses.replace(config, num_classes=len(state["head.weight"]))
+        return dataclasses.replace(config, num_classes=shape_of(state, "head.weight", 2)[0])
     return config
 
 
@@ -286,6 +287,7 @@ def _fit_context(state: State, config: Config) -> tuple[State, list[str]]:
     if name not in state or type(config) not in wanted:
         return state, []
     length, places = wanted[type(config)](config), state[name]
+    shape_of(state, name, 2)
     if len(places) == length:
         return state, []
     if length < len(places):

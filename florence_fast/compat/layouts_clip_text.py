@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import re
 
-import torch
-
-from florence_fast.models.layouts import State
+from florence_fast.models.layouts import State, join
 
 _EMBEDDING = "embeddings.token_embedding.weight"
 _NAMES = [
@@ -42,6 +40,5 @@ def read(state: State) -> State:
         renamed[f"text.{name}" if name.startswith(_OURS) else name] = tensor
     for name in [name for name in renamed if ".self_attn.q_proj." in name]:
         block, kind = name.split(".self_attn.q_proj.")
-        parts = [renamed.pop(f"{block}.self_attn.{part}_proj.{kind}") for part in "qkv"]
-        renamed[f"{block}.attn.in_proj_{kind}"] = torch.cat(parts)
+        join(renamed, [f"{block}.self_attn.{part}_proj.{kind}" for part in "qkv"], f"{block}.attn.in_proj_{kind}")
     return renamed

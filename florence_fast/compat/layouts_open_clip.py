@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from florence_fast.models.layouts import State, to_our_layout
+from florence_fast.models.layouts import State, to_our_layout, transposed
 
 _TEXT = ("token_embedding.", "positional_embedding", "transformer.resblocks.", "ln_final.", "text_projection")
 _TRUNK = "visual.trunk."
@@ -31,7 +31,7 @@ def read(state: State) -> State:
             continue
         name = name.removeprefix("text.")
         if name == "text_projection":
-            renamed["text_projection.weight"] = tensor.T.contiguous()
+            renamed["text_projection.weight"] = transposed(name, tensor)
         elif name.startswith("text_projection."):
             renamed[name] = tensor
         elif name.startswith(_TEXT):

@@ -17,7 +17,8 @@ import os
 from torch import Tensor
 
 from florence_fast.models import CoSwin, Florence
-from florence_fast.models.pretrained import load_state, read_checkpoint
+from florence_fast.models.pretrained import load_state
+from florence_fast.models.reading import read_checkpoint
 
 # where Swin's merge lays the four neighbours (row, column) in the 4C channels that it reduces
 _NEIGHBOURS = ((0, 0), (1, 0), (0, 1), (1, 1))
@@ -33,7 +34,7 @@ def coswin_from_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:
         name -> tensor of `florence_fast.models.CoSwin`.
 
     Raises:
-        ValueError: ``state`` has no 4x4 stem, so that it is not a plain Swin's.
+        ValueError: ``state`` has no 4x4 stem, so that it is not a plain Swin's, or a merge is misshapen.
     """
     stem = state.get("patch_embed.proj.weight")
     if stem is None or stem.shape[2:] != (4, 4):
@@ -45,13 +46,19 @@ def coswin_from_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in [name for name in state if name.endswith("downsample.reduction.weight")]:
         merge = name.removesuffix("reduction.weight")
         carried.pop(name)
-        carried |= _conv_merge(merge, state[name], state[f"{merge}norm.weight"])
+        carried |= _conv_merge(merge, state[name], state.get(f"{merge}norm.weight"))
     return carried
 
 
-def _conv_merge(prefix: str, reduction: Tensor, scale: Tensor) -> dict[str, Tensor]:
+def _conv_merge(prefix: str, reduction: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
     """Lay a reduction (2C, 4C), with the scale (4C,) of the norm before it, into a 3x3 kernel (2C, C, 3, 3)."""
-    width = reduction.shape[1] // 4
+    width = reduction.shape[-1] // 4 if reduction.ndim else 0
+    if not width or reduction.shape != (2 * width, 4 * width) or scale is None or scale.shape != (4 * width,):
+        found = "none" if scale is None else tuple(scale.shape)
+        raise ValueError(
+            f"{prefix}reduction.weight must have shape (2C, 4C) and {prefix}norm.weight (4C,), "
+            f"got {tuple(reduction.shape)} and {found}"
+        )
     kernel = reduction.new_zeros(2 * width, width, 3, 3)
     for (row, column), taps in zip(_NEIGHBOURS, (reduction * scale).split(width, dim=1), strict=True):
         kernel[:, :, 1 + row, 1 + column] = taps

@@ -15,6 +15,7 @@ from florence_fast.models.layouts import State
 
 _TABLE = "attn.relative_position_bias_table"
 _TEXT_HEAD = 64
+_MOST_BLOCKS = 1000
 
 
 def image_config(state: State, **fields: Any) -> ImageConfig:
@@ -23,27 +24,28 @@ def image_config(state: State, **fields: Any) -> ImageConfig:
     Raises:
         ValueError: there is no stem of ours, or a stage without blocks.
     """
-    stem = state.get("patch_embed.proj.weight")
-    if stem is None or tuple(stem.shape[2:]) not in ((4, 4), (7, 7)):
-        found = "nothing" if stem is None else tuple(stem.shape)
+    stem = shape_of(state, "patch_embed.proj.weight", 4) if "patch_embed.proj.weight" in state else None
+    if stem is None or stem[2:] not in ((4, 4), (7, 7)):
+        found = "nothing" if stem is None else stem
         raise ValueError(f"a Swin has patch_embed.proj.weight (C, 3, 4, 4), a CoSwin (C, 3, 7, 7); found {found}")
     depths = _depths(state, r"layers\.(\d+)\.blocks\.(\d+)\.")
-    tables = [state.get(f"layers.{stage}.blocks.0.{_TABLE}") for stage in range(len(depths))]
-    if not tables or any(table is None for table in tables):
+    names = [f"layers.{stage}.blocks.0.{_TABLE}" for stage in range(len(depths))]
+    if not names or any(name not in state for name in names):
         raise ValueError(f"no stage may lack its first block's bias table; found stages of {depths} blocks")
-    fc1 = state.get("layers.0.blocks.0.mlp.fc1.weight")
+    tables = [shape_of(state, name, 2) for name in names]
+    fc1 = "layers.0.blocks.0.mlp.fc1.weight"
     read = {
-        "kind": "swin" if stem.shape[2] == 4 else "coswin",
-        "embed_dim": stem.shape[0],
-        "in_chans": stem.shape[1],
+        "kind": "swin" if stem[2] == 4 else "coswin",
+        "embed_dim": stem[0],
+        "in_chans": stem[1],
         "depths": depths,
-        "num_heads": tuple(table.shape[1] for table in tables),
-        "window_size": max((math.isqrt(len(table)) + 1) // 2 for table in tables),
+        "num_heads": tuple(heads for _, heads in tables),
+        "window_size": max((math.isqrt(rows) + 1) // 2 for rows, _ in tables),
         "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in state,
-        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "num_classes": shape_of(state, "head.weight", 2)[0] if "head.weight" in state else 0,
     }
-    if fc1 is not None:
-        read["mlp_ratio"] = fc1.shape[0] / fc1.shape[1]
+    if fc1 in state:
+        read["mlp_ratio"] = _ratio(state, fc1)
     return ImageConfig(**{**read, **fields})
 
 
@@ -53,21 +55,21 @@ def text_config(state: State, **fields: Any) -> TextConfig:
     Raises:
         ValueError: its embeddings are missing.
     """
-    tokens, places = state.get("token_embedding.weight"), state.get("positional_embedding")
-    if tokens is None or places is None:
+    if "token_embedding.weight" not in state or "positional_embedding" not in state:
         raise ValueError("a text tower needs token_embedding.weight and positional_embedding")
-    width = places.shape[1]
-    fc = state.get("resblocks.0.mlp.c_fc.weight")
+    vocab_size, token_width = shape_of(state, "token_embedding.weight", 2)
+    context_length, width = shape_of(state, "positional_embedding", 2)
+    fc = "resblocks.0.mlp.c_fc.weight"
     read = {
         "width": width,
         "heads": max(width // _TEXT_HEAD, 1),
         "layers": sum(_depths(state, r"()resblocks\.(\d+)\.")),
-        "vocab_size": len(tokens),
-        "context_length": len(places),
-        "token_embed_dim": tokens.shape[1] if "token_projection.weight" in state else None,
+        "vocab_size": vocab_size,
+        "context_length": context_length,
+        "token_embed_dim": token_width if "token_projection.weight" in state else None,
     }
-    if fc is not None:
-        read["mlp_ratio"] = fc.shape[0] / fc.shape[1]
+    if fc in state:
+        read["mlp_ratio"] = _ratio(state, fc)
     return TextConfig(**{**read, **fields})
 
 
@@ -97,8 +99,26 @@ def model_config(
         return image_config(visual, **image)
     if not visual or "image_projection.weight" not in state:
         return text_config(written, **text)
-    shared = state["image_projection.weight"].shape[0]
+    shared, _ = shape_of(state, "image_projection.weight", 2)
     return FlorenceConfig(image_config(visual, **image), text_config(written, **text), shared, **whole)
+
+
+def shape_of(state: State, name: str, ndim: int) -> tuple[int, ...]:
+    """Return the shape of a tensor that is there.
+
+    Raises:
+        ValueError: it has another number of axes than ``ndim``, or an empty one.
+    """
+    shape = tuple(state[name].shape)
+    if len(shape) != ndim or 0 in shape:
+        raise ValueError(f"{name} must have {ndim} axes and no empty one, got the shape {shape}")
+    return shape
+
+
+def _ratio(state: State, name: str) -> float:
+    """Rows by columns of a matrix."""
+    rows, columns = shape_of(state, name, 2)
+    return rows / columns
 
 
 def _depths(state: State, pattern: str) -> tuple[int, ...]:
@@ -106,8 +126,10 @@ def _depths(state: State, pattern: str) -> tuple[int, ...]:
     blocks: dict[int, int] = {}
     for name in state:
         if match := re.match(pattern, name):
-            stage = int(match[1] or 0)
-            blocks[stage] = max(blocks.get(stage, 0), int(match[2]) + 1)
+            stage, block = int(match[1] or 0), int(match[2])
+            if max(stage, block) >= _MOST_BLOCKS:
+                raise ValueError(f"no model has a block of this number: {name}")
+            blocks[stage] = max(blocks.get(stage, 0), block + 1)
     return tuple(blocks.get(stage, 0) for stage in range(max(blocks, default=-1) + 1))
 
 

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from florence_fast.checks import number, positive, sequence, whole
 from florence_fast.errors import unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Far beyond every model that there is; they keep a configuration from a stranger from asking for terabytes.
+_LARGEST_WIDTH = 65536
+_LARGEST_LOGIT_SCALE = 1e6
+_RANGES_IMAGE = {
+    "img_size": (4, 65536),
+    "in_chans": (1, 1024),
+    "window_size": (1, 512),
+    "num_classes": (0, 10_000_000),
+}
+_RANGES_TEXT = {
+    "width": (1, _LARGEST_WIDTH),
+    "heads": (1, 4096),
+    "layers": (0, 256),
+    "vocab_size": (1, 2**24),
+    "context_length": (1, 32768),
+}
 
 _C = TypeVar("_C", bound="_Config")
 
@@ -28,13 +47,15 @@ class _Config:
         Raises:
             ValueError: a key that is not a field (with the nearest field), a missing one, or a value out of range.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{cls.__name__} must be an object with named fields, got {type(values).__name__}")
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for key in values:
             if key not in fields:
                 raise unknown(f"key of {cls.__name__}", key, fields)
         for name, field in fields.items():
             if field.default is dataclasses.MISSING and name not in values:
-                raise ValueError(f"{cls.__name__} needs {name!r}, got only {sorted(values)}")
+                raise ValueError(f"{cls.__name__} needs {name!r}, got only {sorted(map(str, values))}")
         nested = {"image": ImageConfig, "text": TextConfig} if cls is FlorenceConfig else {}
         return cls(**{k: nested[k].from_dict(v) if k in nested else _frozen(v) for k, v in values.items()})
 
@@ -74,20 +95,28 @@ class ImageConfig(_Config):
     def __post_init__(self) -> None:
         if self.kind not in ("coswin", "swin"):
             raise unknown("kind of image tower", self.kind, ("coswin", "swin"))
+        _set(self, "depths", tuple(whole("depths", depth, 0, 256) for depth in sequence("depths", self.depths)))
+        _set(self, "num_heads", tuple(whole("num_heads", n, 1, 4096) for n in sequence("num_heads", self.num_heads)))
+        if not 1 <= len(self.depths) <= 8:
+            raise ValueError(f"depths must have 1 to 8 stages, got {len(self.depths)}")
         if len(self.depths) != len(self.num_heads):
             raise ValueError(
                 f"num_heads must have one entry a stage, {len(self.depths)} for depths={self.depths}, "
                 f"got {self.num_heads}"
             )
+        _set(self, "embed_dim", whole("embed_dim", self.embed_dim, 1, _LARGEST_WIDTH >> len(self.depths) - 1))
         for stage, heads in enumerate(self.num_heads):
             if self.stage_width(stage) % heads:
                 raise ValueError(
                     f"num_heads must divide the width of its stage: stage {stage} has {self.stage_width(stage)} "
                     f"channels, got {heads} heads"
                 )
-        if self.window_size < 1:
-            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
-        if not 0 <= self.drop_path_rate < 1:
+        for name, (low, high) in _RANGES_IMAGE.items():
+            _set(self, name, whole(name, getattr(self, name), low, high))
+        _check_mlp_ratio(self.mlp_ratio, self.embed_dim)
+        if not isinstance(self.qkv_bias, bool):
+            raise ValueError(f"qkv_bias must be true or false, got {self.qkv_bias!r}")
+        if not 0 <= number("drop_path_rate", self.drop_path_rate) < 1:
             raise ValueError(f"drop_path_rate must lie in [0, 1), got {self.drop_path_rate}")
 
     def stage_width(self, stage: int) -> int:
@@ -117,8 +146,14 @@ class TextConfig(_Config):
     def __post_init__(self) -> None:
         if self.act not in ("gelu", "quick_gelu"):
             raise unknown("activation", self.act, ("gelu", "quick_gelu"))
+        for name, (low, high) in _RANGES_TEXT.items():
+            _set(self, name, whole(name, getattr(self, name), low, high))
         if self.width % self.heads:
             raise ValueError(f"heads must divide width={self.width}, got {self.heads}")
+        _check_mlp_ratio(self.mlp_ratio, self.width)
+        positive("norm_eps", self.norm_eps, 1)
+        if self.token_embed_dim is not None:
+            _set(self, "token_embed_dim", whole("token_embed_dim", self.token_embed_dim, 1, _LARGEST_WIDTH))
 
 
 @dataclass(frozen=True)
@@ -139,7 +174,30 @@ class FlorenceConfig(_Config):
     max_logit_scale: float | None = 100.0
 
     def __post_init__(self) -> None:
+        for name, kind in (("image", ImageConfig), ("text", TextConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
         if self.logit_scale_kind not in ("log", "plain"):
             raise unknown("logit_scale_kind", self.logit_scale_kind, ("log", "plain"))
         if self.image.num_classes:
             raise ValueError(f"a tower of Florence has no classifier, got image.num_classes={self.image.num_classes}")
+        _set(self, "embed_dim", whole("embed_dim", self.embed_dim, 1, _LARGEST_WIDTH))
+        mean, std = sequence("image_mean", self.image_mean), sequence("image_std", self.image_std)
+        _set(self, "image_mean", tuple(number("image_mean", value) for value in mean))
+        _set(self, "image_std", tuple(positive("image_std", value) for value in std))
+        for name, values in (("image_mean", mean), ("image_std", std)):
+            if len(values) not in (3, self.image.in_chans):
+                raise ValueError(f"{name} must have one number a channel, {self.image.in_chans}, got {len(values)}")
+        positive("init_logit_scale", self.init_logit_scale, _LARGEST_LOGIT_SCALE)
+        if self.max_logit_scale is not None:
+            number("max_logit_scale", self.max_logit_scale, 1, _LARGEST_LOGIT_SCALE)
+
+
+def _set(config: _Config, name: str, value: Any) -> None:
+    """Store the checked form of a field: a list as a tuple, a number of NumPy as Python's."""
+    object.__setattr__(config, name, value)
+
+
+def _check_mlp_ratio(ratio: object, width: int) -> None:
+    if int(positive("mlp_ratio", ratio, 64) * width) < 1:
+        raise ValueError(f"mlp_ratio must leave a hidden width of at least 1, got {ratio} for a width of {width}")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from florence_fast.errors import did_you_mean
 from florence_fast.models.config import IMAGENET_MEAN, IMAGENET_STD, FlorenceConfig, ImageConfig
 from florence_fast.models.florence import Florence, build_tower
-from florence_fast.models.pretrained import Checkpoint, find_pretrained, load_state, read_checkpoint
+from florence_fast.models.pretrained import find_pretrained, fit_state
+from florence_fast.models.reading import Checkpoint, read_checkpoint
 from florence_fast.models.registry import ModelConfig, config_from_dict, get_model_config
 from florence_fast.models.tower import FeatureExtractor, ImageTower
 from florence_fast.precision import check_precision, is_pure, weights_dtype
@@ -46,6 +47,20 @@ _FREE = {
 def build_model(config: ModelConfig) -> Florence | ImageTower:
     """Build a dual encoder or an image tower with drawn weights; the meta device is respected."""
     return Florence(config) if isinstance(config, FlorenceConfig) else build_tower(config)
+
+
+def build_with(config: ModelConfig, checkpoint: Checkpoint, strict: bool = True) -> Florence | ImageTower:
+    """Build a model and load a checkpoint, which is compared with it before any memory is asked for.
+
+    Raises:
+        ValueError: as `load_state`.
+    """
+    with torch.device("meta"):
+        blueprint = build_model(config)
+    matching, _ = fit_state(blueprint, checkpoint.state, strict=strict, source=str(checkpoint.path))
+    model = build_model(config)
+    model.load_state_dict(matching, strict=False)
+    return model
 
 
 def create_model(
@@ -94,10 +109,8 @@ def create_model(
     """
     check_precision(precision)
     config, checkpoint = _plan(model_name, pretrained)
-    model = build_model(_override(config, overrides))
-    if checkpoint is not None:
-        load_state(model, checkpoint.state, strict=strict, source=str(checkpoint.path))
-        model.eval()
+    config = _override(config, overrides)
+    model = build_model(config) if checkpoint is None else build_with(config, checkpoint, strict).eval()
     if isinstance(model, Florence):
         model.output_dict = output_dict
     if features_only:

@@ -8,7 +8,7 @@ file is about prefixes. A layout is a test and a renaming, both on plain diction
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,25 +17,57 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 _WRAPPERS = ("model", "state_dict", "module", "model_state_dict")
+_DEPTH = 8
+# what DDP and others put before every name, and what wrappers of single modules put inside names
+_PREFIXES = ("module.", "model.", "_forward_module.", "_model.")
+_INSIDE_NAMES = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _BUFFERS = re.compile(r"(^|\.)(relative_position_index|attn_mask)$")
 
 
-def unwrap(loaded: Mapping[str, Any]) -> State:
-    """Find the state inside what a training script saved, and take the prefixes of DDP and compile off its names.
+def unwrap(loaded: Mapping[Any, Any]) -> State:
+    """Find the state inside what a training script saved, and take the prefixes of wrappers off its names.
+
+    Wrappers are DistributedDataParallel, torch.compile, FSDP, activation checkpointing, DeepSpeed, AveragedModel, and
+    the attribute ``model`` or ``module`` of a trainer, in any order and number.
 
     Raises:
-        ValueError: there is no dictionary of tensors inside.
+        ValueError: there is no dictionary of plain tensors inside, or two names become one.
     """
-    for key in _WRAPPERS:
-        if isinstance(loaded.get(key), Mapping):
-            return unwrap(loaded[key])
+    for _ in range(_DEPTH):
+        inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), Mapping)), None)
+        if inner is None:
+            break
+        loaded = inner
+    else:
+        raise ValueError(f"dictionaries are nested more than {_DEPTH} deep under the keys {', '.join(_WRAPPERS)}")
     state = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
     if not state:
         raise ValueError(f"no tensors found under the keys {sorted(map(str, loaded))[:8]}")
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+    for name, value in state.items():
+        _refuse_strange(name, value)
+    return _without_prefixes({name: value for name, value in state.items() if name != "n_averaged"})
+
+
+def _refuse_strange(name: object, value: Tensor) -> None:
+    """Refuse what is no dense tensor on the CPU under a name."""
+    if not isinstance(name, str):
+        raise ValueError(f"tensors must have names, got the key {name!r}")
+    if value.is_nested or value.layout != torch.strided or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantised" if value.is_quantized else value.layout
+        raise ValueError(f"{name} must be a dense tensor, got a {kind} one")
+    if value.device.type != "cpu":
+        raise ValueError(f"{name} must be a tensor with values, got one on the device {value.device}")
+
+
+def _without_prefixes(state: State) -> State:
+    names = {name: _INSIDE_NAMES.sub("", name) for name in state}
+    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in names.values())), None):
+        names = {name: short.removeprefix(prefix) for name, short in names.items()}
+    shortened = {names[name]: value for name, value in state.items()}
+    if len(shortened) < len(state):
+        twice = next(name for name in shortened if list(names.values()).count(name) > 1)
+        raise ValueError(f"two tensors are called {twice!r} once the prefixes of wrappers are taken off")
+    return shortened
 
 
 def to_our_layout(state: State) -> State:
@@ -49,6 +81,33 @@ def to_our_layout(state: State) -> State:
         if belongs(state):
             return rename(state)
     return state
+
+
+def join(state: State, parts: Sequence[str], name: str) -> None:
+    """Replace the tensors ``parts`` by one, ``name``, their rows one below the other; ``state`` is changed.
+
+    Raises:
+        ValueError: a part is missing, or their shapes do not fit.
+    """
+    for part in parts:
+        if part not in state:
+            raise ValueError(f"{name} is read from {', '.join(parts)}, and {part} is missing")
+    tensors = [state.pop(part) for part in parts]
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if () in shapes or len({shape[1:] for shape in shapes}) > 1 or len({t.dtype for t in tensors}) > 1:
+        raise ValueError(f"{', '.join(parts)} must have rows of one length and dtype, got the shapes {shapes}")
+    state[name] = torch.cat(tensors)
+
+
+def transposed(name: str, value: Tensor) -> Tensor:
+    """Transpose a matrix, whose name is for the message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value.ndim != 2:
+        raise ValueError(f"{name} must be a matrix, got the shape {tuple(value.shape)}")
+    return value.T.contiguous()
 
 
 def drop_buffers(state: State) -> State:
@@ -75,7 +134,7 @@ def _from_unicl(state: State) -> State:
     renamed = {}
     for name, value in state.items():
         if name in _UNICL_PROJECTIONS:
-            renamed[_UNICL_PROJECTIONS[name]] = value.T.contiguous()
+            renamed[_UNICL_PROJECTIONS[name]] = transposed(name, value)
             continue
         for prefix, ours in _UNICL_PREFIXES.items():
             if name.startswith(prefix):
@@ -119,8 +178,8 @@ def _from_hugging_face_swin(state: State) -> State:
             name = re.sub(pattern, ours, name)
         renamed[name] = value
     for name in [name for name in renamed if ".attn.q." in name]:
-        parts = [renamed.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
-        renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        join(renamed, parts, name.replace(".attn.q.", ".attn.qkv."))
     return renamed
 
 

@@ -1,41 +1,27 @@
-"""Reading weights: by tag, from a directory or from a file, without pickled objects, and never silently in part."""
+"""Weights by tag, directory or file, and loading them into a model: never silently in part, never NaN."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-import pickle
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from florence_fast.errors import unknown
 from florence_fast.models.florence import Florence
 from florence_fast.models.layers import resize_bias_table
-from florence_fast.models.layouts import State, to_our_layout, unwrap
-from florence_fast.models.saving import CONFIG_KEY, CONFIG_NAME, WEIGHTS_NAME
+from florence_fast.models.layouts import State
+from florence_fast.models.reading import PICKLED, read_checkpoint
 from florence_fast.models.swin_block import WindowAttention
 from florence_fast.models.tower import ImageTower
-from florence_fast.strict_json import parse_json
-from florence_fast.text_files import read_json
 
 log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent / "weights"
-_PICKLED = (".pth", ".pt", ".bin", ".ckpt")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a file holds: tensors by name, and the model's configuration as a dictionary if it has one."""
-
-    path: Path
-    state: State
-    config: dict[str, Any] | None
 
 
 def list_pretrained(as_str: bool = False) -> list[tuple[str, str]] | list[str]:
@@ -57,68 +43,11 @@ def find_pretrained(model_name: str, pretrained: str | os.PathLike[str]) -> Path
         return shipped
     if path.exists():
         return path
-    if isinstance(pretrained, os.PathLike) or len(path.parts) > 1 or path.suffix in (".safetensors", *_PICKLED):
+    if isinstance(pretrained, os.PathLike) or len(path.parts) > 1 or path.suffix in (".safetensors", *PICKLED):
         raise FileNotFoundError(f"pretrained={str(pretrained)!r}: no such file or directory")
     raise unknown(
         f"pretrained tag of {model_name}", pretrained, [tag for name, tag in list_pretrained() if name == model_name]
     )
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read what `read_tensors` reads, and rename the tensors of a layout that `to_our_layout` knows."""
-    found = read_tensors(path)
-    return Checkpoint(found.path, to_our_layout(found.state), found.config)
-
-
-def read_tensors(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a directory of `save_pretrained`, a safetensors file, or a ``.pth``/``.pt`` file of plain tensors.
-
-    Returns:
-        The tensors under the file's own names, less the wrappings of training scripts.
-
-    Raises:
-        FileNotFoundError: nothing is there, or the directory holds no ``model.safetensors``.
-        ValueError: the file is damaged, of another kind, or holds pickled objects other than tensors.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / WEIGHTS_NAME).is_file():
-            raise FileNotFoundError(
-                f"{path} holds no {WEIGHTS_NAME}, only {sorted(p.name for p in path.iterdir())[:8]}"
-            )
-        beside = path / CONFIG_NAME
-        found = read_tensors(path / WEIGHTS_NAME)
-        if found.config is None and beside.is_file():
-            return Checkpoint(found.path, found.state, read_json(beside))
-        return found
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in _PICKLED:
-        return _read_pickled(path)
-    raise ValueError(f"{path} must end in .safetensors or in one of {', '.join(_PICKLED)}")
-
-
-def _read_safetensors(path: Path) -> Checkpoint:
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            config = (file.metadata() or {}).get(CONFIG_KEY)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    return Checkpoint(path, unwrap(state), parse_json(config, f"the configuration in {path}") if config else None)
-
-
-def _read_pickled(path: Path) -> Checkpoint:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not hold plain tensors alone, and nothing else is read: {reason}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}")
-    return Checkpoint(path, unwrap(loaded), None)
 
 
 def load_state(model: Florence | ImageTower, state: State, *, strict: bool = True, source: str = "state") -> list[str]:
@@ -138,8 +67,18 @@ def load_state(model: Florence | ImageTower, state: State, *, strict: bool = Tru
         The names of parameters that kept their values.
 
     Raises:
-        ValueError: not one name matches; or, if strict, some are missing or left over; or shapes differ.
+        ValueError: not one name matches; or, if strict, some are missing or left over; or shapes differ; or a tensor
+            holds integers, NaN or infinity.
     """
+    matching, missing = fit_state(model, state, strict=strict, source=source)
+    model.load_state_dict(matching, strict=False)
+    return missing
+
+
+def fit_state(
+    model: Florence | ImageTower, state: State, *, strict: bool = True, source: str = "state"
+) -> tuple[State, list[str]]:
+    """Return what `load_state` would load and the names that it would leave; the model may be on the meta device."""
     matching, missing, unexpected = match_state(model, state, source=source)
     left_out_head = [name for name in missing if name.startswith("head.")]
     if strict and (unexpected or len(missing) > len(left_out_head)):
@@ -149,8 +88,7 @@ def load_state(model: Florence | ImageTower, state: State, *, strict: bool = Tru
         )
     if left_out_head:
         log.warning("%s holds no classifier for this model: it keeps the weights it was drawn with", source)
-    model.load_state_dict(matching, strict=False)
-    return missing
+    return matching, missing
 
 
 def match_state(
@@ -162,7 +100,7 @@ def match_state(
         What fits, name -> tensor; the names of the model that are missing; the names of ``state`` that are left over.
 
     Raises:
-        ValueError: not one name matches, or shapes differ.
+        ValueError: not one name matches; shapes differ; a tensor is not of a floating dtype, or holds NaN or infinity.
     """
     own = model.state_dict()
     state = _fit(model, own, dict(state))
@@ -174,6 +112,11 @@ def match_state(
     ]
     if wrong:
         raise ValueError(f"{len(wrong)} tensors of {source} have another shape: {'; '.join(wrong[:4])}")
+    for name, tensor in matching.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} of {source} must hold floating-point numbers, got {tensor.dtype}")
+        if not _is_finite(tensor):
+            raise ValueError(f"{name} of {source} holds NaN or infinite numbers: these weights are of no use")
     return matching, [name for name in own if name not in state], [name for name in state if name not in own]
 
 
@@ -183,15 +126,34 @@ def _fit(model: nn.Module, own: State, state: State) -> State:
         state = {name.removeprefix("visual."): t for name, t in state.items() if name.startswith("visual.")}
     for name, module in model.named_modules():
         key = f"{name}.relative_position_bias_table"
-        if isinstance(module, WindowAttention) and key in state and state[key].shape[1] == module.num_heads:
-            state[key] = resize_bias_table(state[key], (module.window_size, module.window_size))
+        if isinstance(module, WindowAttention) and _has_shape(state.get(key), None, module.num_heads):
+            try:
+                state[key] = resize_bias_table(state[key], (module.window_size, module.window_size))
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
     key = "text.positional_embedding"
-    if key in own and key in state:
+    if key in own and _has_shape(state.get(key), None, own[key].shape[1]):
         state[key] = state[key][: len(own[key])]
     head = state.get("head.weight")
-    if isinstance(model, ImageTower) and head is not None and len(head) != model.config.num_classes:
+    is_head = isinstance(model, ImageTower) and _has_shape(head, None, model.num_features)
+    if is_head and len(head) != model.config.num_classes:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     return state
+
+
+def _has_shape(tensor: Tensor | None, *shape: int | None) -> bool:
+    """Say whether there is a tensor of this shape; None stands for any size from 1 on."""
+    if tensor is None or tensor.ndim != len(shape):
+        return False
+    return all(wanted in (None, size) and size > 0 for size, wanted in zip(tensor.shape, shape, strict=True))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Say whether every number is finite; a sum in float64 needs no memory, and is not finite if one of them is not."""
+    if tensor.is_meta:
+        return True
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no sums
+    return math.isfinite(tensor.sum(dtype=torch.float64)) or bool(torch.isfinite(tensor).all())
 
 
 def _first(names: Any, count: int = 4) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,8 +61,14 @@ def add_model_config(path: str | Path) -> None:
         register_model_config(file.stem, config_from_dict(read_json(file)))
 
 
-def config_from_dict(values: dict) -> ModelConfig:
-    """Build the configuration of a dual encoder or of an image tower, whichever the keys describe."""
+def config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
+    """Build the configuration of a dual encoder or of an image tower, whichever the keys describe.
+
+    Raises:
+        ValueError: not an object, an unknown or missing key, or a value that no model can have.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a model's configuration must be an object with named fields, got {type(values).__name__}")
     return (ImageConfig if "kind" in values else FlorenceConfig).from_dict(values)
 
 

@@ -14,8 +14,15 @@ from florence_fast.strict_json import format_json
 CONFIG_KEY = "florence_fast_config"
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+MODEL_TYPE = "florence_fast"
+"""transformers' word for our dual encoders."""
 
 _M = TypeVar("_M", bound="SavePretrained")
+
+
+def config_in(values: dict[str, Any]) -> dict[str, Any]:
+    """Return our configuration from the content of a ``config.json``, whether or not transformers reads it too."""
+    return values["florence"] if values.get("model_type") == MODEL_TYPE and "florence" in values else values
 
 
 class SavePretrained:
@@ -48,16 +55,14 @@ class SavePretrained:
             FileNotFoundError: there is nothing at ``path``.
             ValueError: the file holds no configuration, or that of another class of model.
         """
-        from florence_fast.models.factory import build_model
-        from florence_fast.models.pretrained import load_state, read_checkpoint
+        from florence_fast.models.factory import build_with
+        from florence_fast.models.reading import read_checkpoint
         from florence_fast.models.registry import config_from_dict
 
         checkpoint = read_checkpoint(path)
         if checkpoint.config is None:
             raise ValueError(f"{checkpoint.path} holds no {CONFIG_KEY}: build the model by name, with pretrained=path")
-        config = config_from_dict(checkpoint.config)
-        model = build_model(config)
+        model = build_with(config_from_dict(checkpoint.config), checkpoint, strict)
         if not isinstance(model, cls):
             raise ValueError(f"{checkpoint.path} holds a {type(model).__name__}, not a {cls.__name__}")
-        load_state(model, checkpoint.state, strict=strict, source=str(checkpoint.path))
         return model

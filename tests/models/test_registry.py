@@ -1,7 +1,11 @@
 """Registered models against the parameter counts of the design and of the papers, and configurations against JSON."""
 
+import copy
+import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +20,7 @@ from florence_fast.models import (
     num_parameters,
 )
 from florence_fast.models.factory import build_model
+from florence_fast.models.registry import config_from_dict
 
 COUNTS = {
     "coswin_tiny": 29_461_530,
@@ -122,3 +127,46 @@ IMAGE = {"kind": "swin", "embed_dim": 8, "depths": [1], "num_heads": [2]}
 def test_bad_configurations_say_what_is_wrong(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+DUAL = {"image": {**IMAGE, "window_size": 2}, "text": TEXT, "embed_dim": 4}
+STRANGE = (-1, 0, -0.5, 2.5, 10**18, -(10**18), math.nan, math.inf, "96", "x", None, [], [2, 2], [-1], [[1]], {}, True)
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [
+        (part, field.name)
+        for part, cls in (("image", ImageConfig), ("text", TextConfig), ("", FlorenceConfig))
+        for field in dataclasses.fields(cls)
+    ],
+)
+def test_every_field_refuses_values_that_no_model_has_and_names_itself(part, field):
+    """What is accepted can be built, without memory, and written as JSON."""
+    refused = 0
+    for value in STRANGE:
+        values = copy.deepcopy(DUAL)
+        (values[part] if part else values)[field] = value
+        try:
+            config = FlorenceConfig.from_dict(values)
+        except ValueError as error:
+            words = {"act": "activation", "image": "ImageConfig", "text": "TextConfig", "embed_dim": "num_heads"}
+            assert field in str(error) or words.get(field, "?") in str(error), (value, error)
+            refused += 1
+            continue
+        with torch.device("meta"):
+            build_model(config)
+        json.dumps(config.to_dict(), allow_nan=False)
+    assert refused >= len(STRANGE) // 2
+
+
+def test_numbers_of_numpy_and_lists_become_those_of_json():
+    config = ImageConfig("swin", np.int64(8), [1, 1], [np.int32(2), 2])
+    assert config == ImageConfig("swin", 8, (1, 1), (2, 2))
+    assert hash(config) and json.loads(json.dumps(config.to_dict()))["depths"] == [1, 1]
+
+
+@pytest.mark.parametrize("values", [[], "x", None, 3])
+def test_a_configuration_must_be_an_object(values):
+    with pytest.raises(ValueError, match="configuration must be an object"):
+        config_from_dict(values)

@@ -1,0 +1,137 @@
+"""Reading files of weights: safetensors and pickled tensors, never pickled objects, and nothing half-read.
+
+A file may come from a stranger. What is damaged, misshaped or of another kind is a ValueError that names the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from florence_fast.models.layouts import State, to_our_layout, unwrap
+from florence_fast.models.saving import CONFIG_KEY, CONFIG_NAME, WEIGHTS_NAME, config_in
+from florence_fast.strict_json import parse_json
+from florence_fast.text_files import read_json
+
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+_SAVE_TENSORS = "torch.save(torch.load(file, weights_only=False)['model'], 'tensors.pth')"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds: tensors by name, and the model's configuration as a dictionary if it has one."""
+
+    path: Path
+    state: State
+    config: dict[str, Any] | None
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read what `read_tensors` reads, and rename the tensors of a layout that `to_our_layout` knows.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_tensors`; or the layout lacks one of its tensors.
+    """
+    found = read_tensors(path)
+    try:
+        return Checkpoint(found.path, to_our_layout(found.state), found.config)
+    except ValueError as error:
+        raise ValueError(f"{found.path}: {error}") from error
+
+
+def read_tensors(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a directory of `save_pretrained`, a safetensors file, or a ``.pth``/``.pt`` file of plain tensors.
+
+    Returns:
+        The tensors under the file's own names, less the wrappings of training scripts, on the CPU.
+
+    Raises:
+        FileNotFoundError: nothing is there, or the directory holds no ``model.safetensors``.
+        OSError: the file cannot be opened or read.
+        ValueError: the file is damaged, of another kind, or holds pickled objects other than tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.suffix not in (".safetensors", *PICKLED):
+        raise ValueError(f"{path} must end in .safetensors or in one of {', '.join(PICKLED)}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: 0 bytes")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+
+
+def _read_folder(path: Path) -> Checkpoint:
+    if not (path / WEIGHTS_NAME).is_file():
+        names = sorted(p.name for p in path.iterdir())[:8]
+        raise FileNotFoundError(f"{path} holds no {WEIGHTS_NAME}, only {names}")
+    found, beside = read_tensors(path / WEIGHTS_NAME), path / CONFIG_NAME
+    if found.config is None and beside.is_file():
+        return Checkpoint(found.path, found.state, _config(read_json(beside), str(beside)))
+    return found
+
+
+def _config(values: Any, source: str) -> dict[str, Any]:
+    """Return our configuration from parsed JSON."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} must hold an object with named fields, got {type(values).__name__}")
+    return config_in(values)
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            config = (file.metadata() or {}).get(CONFIG_KEY)
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, and what torch says about a dtype or a size that it does not have
+        what = "a whole safetensors file" if isinstance(error, SafetensorError) else "a readable safetensors file"
+        raise ValueError(f"{path} is not {what}: {error}") from error
+    source = f"{CONFIG_KEY} of {path}"
+    values = _config(parse_json(config, source), source) if config else None
+    return Checkpoint(path, _unwrapped(state, path), values)
+
+
+def _read_pickled(path: Path) -> Checkpoint:
+    try:
+        # a Namespace holds a script's arguments and nothing else; timm's and UniCL's files carry one
+        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch's reader answers damage with every kind of exception
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise ValueError(
+            f"{path} does not hold plain tensors alone, and nothing else is read: {_why(error)}"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}")
+    return Checkpoint(path, _unwrapped(loaded, path), None)
+
+
+def _why(error: Exception) -> str:
+    """Say in one line why PyTorch read no tensors."""
+    if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"it holds a pickled {match[1]}, and pickles can run code. If you trust the file, save its tensors alone: "
+            f"{_SAVE_TENSORS}"
+        )
+    first = (str(error).splitlines() or [""])[0]
+    return f"the file is damaged ({type(error).__name__}: {first})"
+
+
+def _unwrapped(loaded: Mapping[Any, Any], path: Path) -> State:
+    try:
+        return unwrap(loaded)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
