@@ -148,15 +148,16 @@ _progress: _Progress | None = None
 
 
 def _start_worker(decoder: Decoder, parent: int, progress: _Progress) -> None:
-    """Set up a worker: its decoder, one thread, the signals as any process has them, an end when its parent is gone."""
+    """Set up a worker: its decoder, one thread, no signals, an end when its parent is gone."""
     global _decoder, _progress
     _decoder, _progress = decoder, progress
     progress.enter()
     # OpenMP's threads do not survive a fork, and a second thread would wait for them for ever.
     torch.set_num_threads(1)
-    # A training process that saves on SIGTERM must not pass that habit on to a process with nothing to save.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C and a batch system's SIGTERM reach every process of a run: the parent still needs this one's samples to
+    # come to the end of its step and save, and ends it afterwards.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -7,6 +7,7 @@
 import hashlib
 import logging
 import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -77,11 +78,14 @@ class CheckpointStore:
         self._remove_old(step)
         return path
 
-    def latest_valid(self) -> Path | None:
+    def latest_valid(self, check: Callable[[Path], None] = lambda path: None) -> Path | None:
         """Return the newest checkpoint that is whole, or None where there is none at all.
 
         The one that ``latest`` points to comes first, then earlier ones, then later ones (left by a course of the run
         that was given up by resuming from an earlier step). Every one that is passed over is named in the log.
+
+        Args:
+            check: raises `CorruptCheckpointError` for a checkpoint that is whole and still of no use.
 
         Raises:
             CorruptCheckpointError: there are checkpoints and none of them is whole.
@@ -93,7 +97,8 @@ class CheckpointStore:
         for path in candidates:
             try:
                 self.verify(path)
-            except CorruptCheckpointError as error:
+                check(path)
+            except (CorruptCheckpointError, OSError) as error:
                 logger.warning("passed over: %s", error)
             else:
                 return path
@@ -111,8 +116,8 @@ class CheckpointStore:
             return
         if not _sidecar(path).is_file():
             raise CorruptCheckpointError(f"checkpoint {path} has no digest {_sidecar(path).name}")
-        wanted = _sidecar(path).read_text(encoding="utf-8").split()[:1]
-        if wanted != [_digest(path)]:
+        wanted = _sidecar(path).read_bytes().split()[:1]
+        if wanted != [_digest(path).encode()]:
             raise CorruptCheckpointError(f"checkpoint {path} is corrupt: {_sidecar(path).name} holds another SHA-256")
         self._verified[path] = _stamp(path)
 
@@ -121,13 +126,19 @@ class CheckpointStore:
 
         Raises:
             FileNotFoundError: there is no such file.
-            CorruptCheckpointError: the file is not what was written.
+            CorruptCheckpointError: the file is not what was written, or holds other objects than that.
         """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no checkpoint {path}")
         self.verify(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _read(path)
+
+    def model_tensors(self, path: Path) -> dict[str, torch.Tensor]:
+        """Return the entry "model" of a checkpoint, mapped and not read: nothing else of the file is touched."""
+        found = _read(path, mmap=True)
+        model = found.get("model") if isinstance(found, dict) else None
+        return model if isinstance(model, dict) else {}
 
     def remove_leftovers(self) -> None:
         """Delete what a killed writer left beside the checkpoints."""
@@ -139,8 +150,14 @@ class CheckpointStore:
 
     def _pointed_step(self) -> int | None:
         pointer = self.folder / "latest"
-        match = _NAME.fullmatch(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else None
-        return int(match[1]) if match else None
+        if not pointer.is_file():
+            return None
+        name = pointer.read_bytes().decode("utf-8", "replace").strip()
+        match = _NAME.fullmatch(name)
+        if match and (self.folder / name).is_file():
+            return int(match[1])
+        logger.warning("%s names no checkpoint of this folder (%.40r): the newest whole one is taken", pointer, name)
+        return None
 
     def _remove_old(self, step: int) -> None:
         """Remove everything older than the oldest of the ``keep`` newest valid checkpoints up to ``step``."""
@@ -173,6 +190,13 @@ class _HashingFile:
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def _read(path: Path, **options: Any) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CorruptCheckpointError(f"checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _digest(path: Path) -> str:

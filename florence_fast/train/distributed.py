@@ -8,13 +8,17 @@ Letters: W number of processes (ranks) · b rows of this rank · B rows of all r
 """
 
 import os
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from florence_fast.train.differences import differences, flat
+
+T = TypeVar("T")
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -70,6 +74,46 @@ def barrier(group: dist.ProcessGroup | None = None) -> None:
     """Wait until every rank of ``group`` is here, at most the group's timeout; nothing when running alone."""
     if is_distributed():
         dist.barrier(group)
+
+
+def on_rank_0(function: Callable[[], T]) -> T:
+    """Call ``function`` on rank 0 alone, and return what it returns, or raise what it raises, on every rank."""
+    if world_size() == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function()
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+class RankMismatchError(ValueError):
+    """The ranks of a run were started with different settings, models or data."""
+
+
+def require_equal_on_ranks(facts: Mapping[str, Any]) -> None:
+    """Compare ``facts`` with those of rank 0, and raise on every rank when some rank's differ.
+
+    Args:
+        facts: plain values by name; nested mappings and sequences are compared entry by entry.
+
+    Raises:
+        RankMismatchError: the message names a rank, the entries and both values.
+    """
+    if world_size() == 1:
+        return
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, flat(facts))
+    for number, theirs in enumerate(everyone):
+        if differing := differences(everyone[0], theirs):
+            told = "; ".join(f"{name} {a!r} on rank 0, {b!r} on rank {number}" for name, a, b in differing[:4])
+            more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
+            raise RankMismatchError(f"all ranks of a run need the same command and data, got {told}{more}")
 
 
 def all_gather_rows(rows: Tensor, counts: list[int], group: dist.ProcessGroup | None = None) -> Tensor:

@@ -7,14 +7,16 @@ beside the checkpoints.
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 from florence_fast.files import write_text
 from florence_fast.printable import printable
@@ -46,8 +48,13 @@ def train_line(record: Mapping[str, Any], samples_per_epoch: int, world_size: in
     )
 
 
-def truncate_results(path: Path, step: int) -> int:
+def truncate_results(path: Path, step: int, *, evaluated: bool = True) -> int:
     """Drop the records of ``results.jsonl`` after ``step``, and lines that were never finished.
+
+    Args:
+        path: of ``results.jsonl``.
+        step: the last step whose records stay.
+        evaluated: False drops the evaluation of ``step`` too, which is the second record of that step.
 
     Returns:
         How many lines were dropped.
@@ -56,6 +63,8 @@ def truncate_results(path: Path, step: int) -> int:
         return 0
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+    if not evaluated:
+        kept = [line for number, line in enumerate(kept) if number == 0 or _step_of(kept[number - 1]) < step]
     if len(kept) < len(lines):
         write_text(path, "".join(kept))
     return len(lines) - len(kept)
@@ -158,19 +167,36 @@ class RunLog:
             if _PACKAGE.getEffectiveLevel() > logging.INFO:
                 _PACKAGE.setLevel(logging.INFO)
 
-    def start(self, step: int, total_steps: int, settings: Mapping[str, Any]) -> None:
-        """Begin at ``step``: results after it are dropped, ``settings`` go to ``params.txt``, the bar appears."""
+    def start(self, step: int, total_steps: int, settings: Mapping[str, Any], *, evaluated: bool = True) -> None:
+        """Begin at ``step``: results after it are dropped, ``settings`` go to ``params.txt``, the bar appears.
+
+        ``evaluated`` is False when the evaluation of ``step`` will be made again, as `truncate_results` takes it.
+        """
         if not self.enabled:
             return
-        if dropped := truncate_results(self.results_path, step):
+        if dropped := truncate_results(self.results_path, step, evaluated=evaluated):
             logger.info("dropped %d records of %s after step %d", dropped, self.results_path.name, step)
         lines = [f"{name}: {settings[name]}\n" for name in sorted(settings)]
         write_text(self.out_dir / "params.txt", "".join(lines))
         self._results = self._open.enter_context(self.results_path.open("a", encoding="utf-8"))
         if self._tensorboard:
             self._board = self._open.enter_context(_event_writer(self.out_dir / "tensorboard", step))
-        bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not self._progress)
+        bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._progress,
+            file=_Unread(sys.stderr),
+        )
         self._bar = self._open.enter_context(bar)
+
+    def records_of(self, step: int) -> int:
+        """Count the records of ``step`` in ``results.jsonl``: 2 where an evaluation followed its interval."""
+        if not self.results_path.is_file():
+            return 0
+        lines = self.results_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return sum(_step_of(line) == step for line in lines)
 
     def step(self) -> None:
         """Move the bar by one step."""
@@ -190,8 +216,11 @@ class RunLog:
     def record(self, record: Mapping[str, Any]) -> None:
         """Append a line to ``results.jsonl``, with its key "step"; NaN and Inf, which JSON lacks, become null."""
         if self.enabled:
-            self._results.write(format_json(record) + "\n")
-            self._results.flush()
+            try:
+                self._results.write(format_json(record) + "\n")
+                self._results.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.results_path)) from error
 
     def sync(self) -> None:
         """Bring ``results.jsonl`` to the disk, before a checkpoint that counts on it."""
@@ -229,7 +258,29 @@ class _AboveBar(logging.Handler):
     """Print log lines above the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
+        tqdm.write(self.format(record), file=_Unread(sys.stdout))
+
+
+class _Unread(ObjectWrapper):
+    """A stream whose reader may go away (a pipe into `head`, a closed terminal): what it said stands in the log.
+
+    It equals what it wraps, by which tqdm knows the lines that have to stand above a bar.
+    """
+
+    def write(self, text: str) -> int:
+        # AttributeError: there is no stream at all, as under pythonw
+        with suppress(OSError, ValueError, AttributeError):
+            self._wrapped.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            self._wrapped.flush()
+
+    def __eq__(self, other: object) -> bool:
+        return self._wrapped == getattr(other, "_wrapped", other)
+
+    __hash__ = None
 
 
 def _event_writer(folder: Path, start_step: int) -> AbstractContextManager[Any]:

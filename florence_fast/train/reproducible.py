@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from florence_fast.strict_json import format_json, parse_json
+from florence_fast.train.differences import differences
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,13 @@ def rng_state(generators: Mapping[str, np.random.Generator]) -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": {name: format_json(_plain(g.bit_generator.state)) for name, g in generators.items()},
+        "numpy": numpy_states(generators),
     }
+
+
+def numpy_states(generators: Mapping[str, np.random.Generator]) -> dict[str, str]:
+    """Return the state of every generator as JSON."""
+    return {name: format_json(_plain(g.bit_generator.state)) for name, g in generators.items()}
 
 
 def set_rng_state(state: Mapping[str, Any], generators: Mapping[str, np.random.Generator]) -> None:
@@ -83,16 +89,15 @@ def environment(device: torch.device, world_size: int) -> dict[str, str | int]:
 
 
 def warn_of_differences(kind: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Name every entry in which a resumed run differs from its checkpoint."""
-    for name in sorted(earlier.keys() | now.keys()):
-        if earlier.get(name) != now.get(name):
-            logger.warning(
-                "%s %s differs from the checkpoint's: %r, now %r; losses need not be equal to the bit",
-                kind,
-                name,
-                earlier.get(name),
-                now.get(name),
-            )
+    """Name every entry in which a resumed run differs from its checkpoint; nested entries have dotted names."""
+    for name, before, after in differences(earlier, now):
+        logger.warning(
+            "%s %s differs from the checkpoint's: %r, now %r; losses need not be equal to the bit",
+            kind,
+            name,
+            before,
+            after,
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM and SIGINT raise a flag that the training loop reads at the border of a step."""
+"""Graceful shutdown: SIGTERM, SIGINT and SIGHUP set a flag that the training loop checks after every step."""
 
 import signal
 import threading
@@ -6,13 +6,14 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Remember SIGTERM and SIGINT inside a ``with`` block; the earlier handlers come back after it.
+    """Remember SIGTERM, SIGINT and SIGHUP inside a ``with`` block; the earlier handlers come back after it.
 
-    A second SIGINT interrupts at once, for the reader at the keyboard who cannot wait. Outside the main thread, where
-    Python allows no handlers, nothing is installed and the flag stays down.
+    A second SIGINT interrupts at once, for the reader at the keyboard who cannot wait. SIGHUP, which comes when a
+    terminal is closed, stays ignored where it was (nohup). Outside the main thread, where Python allows no handlers,
+    nothing is installed and the flag stays down.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -21,6 +22,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._earlier[number] = signal.signal(number, self._remember)
         return self
 

@@ -57,11 +57,11 @@ def noise(seed: int) -> bytes:
 
 
 class ProcessPairs(ListPairs):
-    """Pictures that say about the process which decodes them: handlers of two signals, and its id in two bytes."""
+    """Pictures that say about the process which decodes them: whether it ignores two signals, and its id."""
 
     def image(self, index: int) -> Image.Image:
-        default = [signal.getsignal(s) == signal.SIG_DFL for s in (signal.SIGTERM, signal.SIGINT)]
-        image = Image.new("RGB", (2, 1), (default[0], default[1], 0))
+        ignored = [signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGTERM, signal.SIGINT)]
+        image = Image.new("RGB", (2, 1), (ignored[0], ignored[1], 0))
         image.putpixel((1, 0), (os.getpid() % 251, os.getpid() % 253, os.getpid() % 255))
         return image.resize((2, 2), Image.Resampling.NEAREST)
 
@@ -73,7 +73,7 @@ class DeadlyPairs(ListPairs):
         os._exit(1)
 
 
-def test_workers_have_the_default_signals_and_end_with_the_iterator(list_pairs: Callable[..., ListPairs]) -> None:
+def test_workers_ignore_signals_and_end_with_the_iterator(list_pairs: Callable[..., ListPairs]) -> None:
     before, others = signal.signal(signal.SIGTERM, lambda *_: None), set(children())
     try:
         batches = PairLoader(ProcessPairs(list_pairs(60).pairs), batch_size=60, image_size=2, num_workers=2).batches(0)
