@@ -1,32 +1,38 @@
 """WebDataset shards read map-style: tars are indexed once by the offsets of their members.
 
 Members of one key are one pair: ``KEY.webp`` (png, jpg, jpeg) with ``KEY.txt``, or with ``KEY.json`` that holds
-``text`` (or ``caption``) and may hold ``short_name`` and ``keywords``. Anything else, pickles above all, is never
-read. A plain tar is read in place; a ``.tar.gz`` has no places to jump to and is unpacked into memory.
+``text`` (or ``caption``) and may hold ``short_name`` and ``keywords``. The key is the name up to its last dot, so it
+may hold dots itself. Anything else, pickles above all, is never read, and is counted in the log. A plain tar is read
+in place; a ``.tar.gz`` has no places to jump to: the pictures and texts in it are unpacked into memory.
 """
 
-import io
 import itertools
 import logging
+import math
 import re
-import tarfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from florence_fast.data.pairs import PairSource, PairText
+from florence_fast.data.left_out import LeftOut
+from florence_fast.data.pairs import PairSource, PairText, pair_text
 from florence_fast.data.pictures import MAX_PIXELS, open_picture
+from florence_fast.data.tar_index import DamagedTar, GzipFile, PlainFile, read_members
+from florence_fast.printable import printable
 from florence_fast.strict_json import parse_json
+from florence_fast.text_files import decode_text
 
 logger = logging.getLogger(__name__)
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
 TEXTS = ("txt", "json")
-# A member's key ends at the first dot of its base name; hidden files have none.
-_MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+# Larger members are unreadable.
+MAX_BYTES = {**dict.fromkeys(PICTURES, 1 << 29), **dict.fromkeys(TEXTS, 1 << 24)}
+# A gzipped shard may unpack to this much, and to this many times its size: pictures hardly shrink.
+UNPACKED_AT_LEAST, UNPACKED_RATIO = 1 << 28, 20
+MAX_SHARDS = 1_000_000
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -51,6 +57,8 @@ def expand_braces(spec: str) -> list[str]:
     """
     pieces = re.split(r"\{([^{}]*)\}", spec)
     choices = [_choices(piece) if number % 2 else [piece] for number, piece in enumerate(pieces)]
+    if (count := math.prod(map(len, choices))) > MAX_SHARDS:
+        raise ValueError(f"{spec!r} stands for {count:,} files, more than the limit of {MAX_SHARDS:,}")
     return ["".join(chosen) for chosen in itertools.product(*choices)]
 
 
@@ -60,6 +68,8 @@ def _choices(inside: str) -> list[str]:
         first, last = found.groups()
         if int(last) < int(first):
             raise ValueError(f"a range of shards must count upwards, got {{{inside}}}")
+        if int(last) - int(first) >= MAX_SHARDS:
+            raise ValueError(f"{{{inside}}} stands for more than {MAX_SHARDS:,} shards")
         return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return inside.split(",") if "," in inside else [f"{{{inside}}}"]
 
@@ -67,22 +77,28 @@ def _choices(inside: str) -> list[str]:
 class TarPairs(PairSource):
     """The pairs of one or more tars, in the order in which they lie there.
 
-    A shard that is cut short is used as far as it goes, which is logged; the pair at the cut is unreadable.
+    A shard that is cut short or damaged is used as far as it goes, which is logged; the pair at the cut is unreadable.
+    Tars joined to one file are read to the end of the last.
 
     Args:
         paths: the shards.
         max_pixels: pictures larger than this are unreadable.
 
     Raises:
-        ValueError: a shard is no tar, or holds no picture or no text.
+        ValueError: a shard is no tar, holds no picture or no text, or is gzipped and unpacks to more than 256 MiB and
+            20 times its size.
     """
 
     def __init__(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> None:
         self.paths, self.max_pixels = [Path(path) for path in paths], max_pixels
         self._unpacked: dict[int, bytes] = {}
         self.samples: list[Sample] = []
+        left_out = LeftOut()
         for shard in range(len(self.paths)):
-            self.samples += self._index(shard)
+            self.samples += self._index(shard, left_out)
+        if left_out:
+            more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
+            logger.warning("%s%s: members left out: %s", printable(self.paths[0]), more, left_out)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -91,14 +107,13 @@ class TarPairs(PairSource):
         """Texts of sample ``index``: the ``txt`` member before the one in ``json``."""
         members = self.samples[index].members
         record = self._record(index) if "json" in members else {}
-        caption = self._read(index, "txt").decode("utf-8") if "txt" in members else None
-        text = caption or record.get("text") or record.get("caption")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError("it has no text")
-        short_name, keywords = record.get("short_name"), record.get("keywords") or []
-        if not isinstance(short_name, str | None) or not isinstance(keywords, list):
-            raise ValueError("short_name must be a string and keywords a list of strings")
-        return PairText(text.strip(), short_name, [str(word) for word in keywords])
+        caption = decode_text(self._read(index, "txt"), "its txt") if "txt" in members else ""
+        keywords = record.get("keywords")
+        return pair_text(
+            caption if caption.strip() else record.get("text") or record.get("caption"),
+            record.get("short_name"),
+            [str(word) for word in keywords] if isinstance(keywords, list) else keywords,
+        )
 
     def image(self, index: int) -> Image.Image:
         """Picture of sample ``index``."""
@@ -109,7 +124,7 @@ class TarPairs(PairSource):
 
     def describe(self, index: int) -> str:
         """Shard and key of sample ``index``."""
-        return f"{self.paths[self.samples[index].shard]}: {self.samples[index].key}"
+        return printable(f"{self.paths[self.samples[index].shard]}: {self.samples[index].key}")
 
     def _record(self, index: int) -> dict:
         record = parse_json(self._read(index, "json"), "its json")
@@ -121,6 +136,8 @@ class TarPairs(PairSource):
         """Bytes of one member. The file is opened anew: processes that share this object share no position."""
         shard, _, members = self.samples[index]
         offset, size = members[suffix]
+        if size > MAX_BYTES[suffix]:
+            raise ValueError(f"its {suffix} has {size:,} bytes, more than the limit of {MAX_BYTES[suffix]:,}")
         if shard in self._unpacked:
             data = self._unpacked[shard][offset : offset + size]
         else:
@@ -131,60 +148,67 @@ class TarPairs(PairSource):
             raise ValueError(f"its {suffix} is cut short: {len(data)} of {size} bytes")
         return data
 
-    def _index(self, shard: int) -> list[Sample]:
+    def _index(self, shard: int, left_out: LeftOut) -> list[Sample]:
         """Find the samples of one shard."""
         path = self.paths[shard]
         with open(path, "rb") as file:
-            if file.read(2) == b"\x1f\x8b":
-                self._unpacked[shard] = _unpack(path)
-        members, whole = _list_members(path, self._unpacked.get(shard))
-        samples: dict[str, Sample] = {}
-        for name, place in members:
-            found = _MEMBER.fullmatch(name)
-            if found and (suffix := found.group(2).lower()) in PICTURES + TEXTS:
-                sample = samples.setdefault(found.group(1), Sample(shard, found.group(1), {}))
-                if suffix in sample.members:
-                    raise ValueError(f"{path} holds two members {name!r}")
-                sample.members[suffix] = place
+            packed = file.read(2) == b"\x1f\x8b"
+        file = GzipFile(path) if packed else PlainFile(path)
+        try:
+            samples, fault = self._read_index(shard, file, left_out)
+        finally:
+            file.close()
         for kinds, what in ((PICTURES, "picture"), (TEXTS, "text")):
             if not any(kind in sample.members for sample in samples.values() for kind in kinds):
                 raise ValueError(f"{path} holds no {what}: wanted members KEY.{', KEY.'.join(kinds)}")
-        if not whole:
-            logger.warning("%s is cut short: using the %d samples before the cut", path, len(samples))
+        for key in [key for key, sample in samples.items() if _belongs_to_another(key, sample, samples)]:
+            left_out.add("of a pair that has its own", *(f"{key}.{suffix}" for suffix in samples.pop(key).members))
+        if fault:
+            logger.warning("%s is %s; using the %d samples before", printable(path), fault, len(samples))
         return list(samples.values())
 
-
-def _unpack(path: Path) -> bytes:
-    """Unpack a gzipped shard, as far as it goes."""
-    unpacked, unpacker = bytearray(), zlib.decompressobj(wbits=31)
-    with open(path, "rb") as file:
+    def _read_index(self, shard: int, file: GzipFile | PlainFile, left_out: LeftOut) -> tuple[dict[str, Sample], str]:
+        """Collect the members of each key, and say what is wrong with the shard; unpack it where it is packed."""
+        path, samples, fault, count = self.paths[shard], {}, "", 0
+        empty = not file.read(0, 1)
+        unpacked, most = bytearray(), max(UNPACKED_AT_LEAST, UNPACKED_RATIO * path.stat().st_size)
         try:
-            while piece := file.read(1 << 16):
-                while piece:
-                    unpacked += unpacker.decompress(piece)
-                    piece = unpacker.unused_data
-                    if unpacker.eof:
-                        unpacker = zlib.decompressobj(wbits=31)
-        except zlib.error as error:
-            logger.warning("%s is damaged: %s", path, error)
-    return bytes(unpacked)
+            for member in read_members(file.read):
+                count += 1
+                base = member.name.rpartition("/")[2]
+                key, _, suffix = member.name.rpartition(".")
+                suffix = suffix.lower()
+                if base.startswith(".") or not base:
+                    continue
+                if not member.plain or "." not in base or suffix not in MAX_BYTES:
+                    kind = f"of kind .{suffix}" if "." in base else "without a suffix"
+                    left_out.add(kind if member.plain else "that are links or devices", member.name)
+                    continue
+                place = (member.offset, member.size)
+                if isinstance(file, GzipFile):
+                    place = (len(unpacked), member.size)
+                    if member.size <= MAX_BYTES[suffix]:
+                        unpacked += file.read(member.offset, member.size)
+                    if len(unpacked) > most:
+                        raise ValueError(f"{path} unpacks to more than {most:,} bytes: unpack it to a plain tar first")
+                sample = samples.setdefault(key, Sample(shard, key, {}))
+                if suffix in sample.members:
+                    raise ValueError(f"{path} holds two members {member.name!r}")
+                sample.members[suffix] = place
+        except DamagedTar as error:
+            fault = str(error)
+        if isinstance(file, GzipFile):
+            self._unpacked[shard] = bytes(unpacked)
+            fault = f"damaged: {file.fault}" if file.fault else fault
+        if empty or (fault and not count):
+            raise ValueError(f"{path} is not a readable tar: {fault or 'empty file'}")
+        return samples, fault
 
 
-def _list_members(path: Path, unpacked: bytes | None) -> tuple[list[tuple[str, tuple[int, int]]], bool]:
-    """Names and places of the plain files in a tar, and whether it is whole, that is, has its closing block."""
-    members: list[tuple[str, tuple[int, int]]] = []
-    try:
-        with (
-            open(path, "rb") if unpacked is None else io.BytesIO(unpacked) as file,
-            tarfile.open(fileobj=file, mode="r:") as tar,
-        ):
-            try:
-                for member in tar:
-                    if member.isreg() and not member.issparse():
-                        members.append((member.name, (member.offset_data, member.size)))
-            except tarfile.ReadError:
-                return members, False
-            file.seek(tar.offset)
-            return members, file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a readable tar: {error}") from error
+def _belongs_to_another(key: str, sample: Sample, samples: dict[str, Sample]) -> bool:
+    """Whether a key with dots is no pair but something more about another: ``x.mask.png`` beside x.png and x.txt."""
+    if any(kind in sample.members for kind in PICTURES) and any(kind in sample.members for kind in TEXTS):
+        return False
+    folder, slash, base = key.rpartition("/")
+    parts = base.split(".")
+    return any(f"{folder}{slash}{'.'.join(parts[:n])}" in samples for n in range(1, len(parts)))

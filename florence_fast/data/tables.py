@@ -1,24 +1,30 @@
-"""Pairs listed in a table: CSV, TSV, or JSON objects one a line."""
+"""Pairs listed in a table: CSV, TSV, Parquet, or JSON objects one a line."""
 
 import csv
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from PIL import Image
 
-from florence_fast.data.pairs import PairSource, PairText
+from florence_fast.data.csv_records import read_records, split_header, split_line
+from florence_fast.data.pairs import PairSource, PairText, clean_text, pair_text
 from florence_fast.data.pictures import open_picture
-from florence_fast.errors import did_you_mean
-from florence_fast.strict_json import parse_json
+from florence_fast.errors import did_you_mean, require
+from florence_fast.printable import printable
+from florence_fast.strict_json import BYTE_ORDER_MARK, parse_json
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+MAX_LINE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table: a pair, or the reason why it is none."""
+    """One record of a table: a pair, or the reason why it is none."""
 
     number: int
     picture: str = ""
@@ -41,19 +47,33 @@ class TablePairs(PairSource):
     def read(cls, path: Path, img_key: str, caption_key: str, separator: str | None, max_pixels: int) -> "TablePairs":
         """Read the whole table; its pictures are opened when they are asked for.
 
+        Rows that are no pairs, and quote marks that had to be read as plain characters, are counted in the log.
+
         Raises:
-            ValueError: it has no such columns, or no row that is a pair.
+            ValueError: it has no such columns, or no row that is a pair, or it is not of the kind its suffix says.
+            ImportError: a Parquet file without the package that reads it.
         """
-        # Bytes that are no UTF-8 become U+FFFD, and spoil their row only.
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as lines:
-            if path.suffix.lower() == ".jsonl":
-                rows = [_json_row(number, line, img_key, caption_key) for number, line in _filled(lines)]
-            else:
-                rows = list(_csv_rows(path, lines, img_key, caption_key, separator))
+        kind = path.suffix.lower()
+        if kind == ".parquet":
+            rows = list(_parquet_rows(path, img_key, caption_key))
+        else:
+            # Bytes that are no UTF-8 become U+FFFD, and spoil their row only.
+            with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+                _refuse_utf_16(path)
+                if kind == ".jsonl":
+                    rows = [_json_row(n, line, img_key, caption_key) for n, line in _filled(_lines(path, file))]
+                else:
+                    rows = list(_csv_rows(path, _lines(path, file), img_key, caption_key, separator))
         if not rows:
             raise ValueError(f"{path} holds no image-text pair")
-        if all(row.fault for row in rows):
+        faulty = [row for row in rows if row.fault]
+        if len(faulty) == len(rows):
             raise ValueError(f"none of the {len(rows)} rows of {path} is an image-text pair; row 1: {rows[0].fault}")
+        if faulty:
+            logger.warning(
+                "%s: %d of %d rows are no image-text pairs, the first is in line %d: %s",
+                *(printable(path), len(faulty), len(rows), faulty[0].number, printable(faulty[0].fault)),
+            )
         return cls(path, rows, max_pixels)
 
     def __len__(self) -> int:
@@ -71,32 +91,50 @@ class TablePairs(PairSource):
         row = self.rows[index]
         if row.text is None:
             raise ValueError(row.fault)
-        beside = self.path.parent / row.picture
-        return open_picture(beside if beside.exists() else row.picture, self.max_pixels)
+        for folder in (self.path.parent, Path()):
+            if (folder / row.picture).exists():
+                return open_picture(folder / row.picture, self.max_pixels)
+        raise FileNotFoundError(
+            f"there is no {printable(row.picture)}, neither in the table's folder {printable(self.path.parent)} nor in "
+            f"the working folder {printable(Path.cwd())}"
+        )
 
     def describe(self, index: int) -> str:
         """Table, line and picture."""
         row = self.rows[index]
-        return f"{self.path}:{row.number}" + (f" ({row.picture})" if row.picture else "")
+        return printable(f"{self.path}:{row.number}" + (f" ({row.picture})" if row.picture else ""))
 
 
-def _filled(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
+def _refuse_utf_16(path: Path) -> None:
+    with open(path, "rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f"{path} is UTF-16: save it as UTF-8")
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    """The lines of a table; one that fills the memory is the sign of another kind of file."""
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE and not line.endswith(("\n", "\r")):
+            raise ValueError(f"{path} has a line of more than {MAX_LINE:,} characters: it is no table")
+        yield line
+
+
+def _filled(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Lines that are not blank, numbered from 1."""
     return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _row(number: int, picture: Any, text: Any, short_name: Any = None, keywords: Any = None) -> Row:
+def _row(number: int, picture: object, text: object, short_name: object = None, keywords: object = None) -> Row:
     """Check the fields of one pair."""
-    for name, value in (("path of a picture", picture), ("text", text)):
-        if not isinstance(value, str) or not value.strip():
-            return Row(number, fault=f"no {name}")
+    try:
+        picture = clean_text(picture, "path of a picture")
+        words = pair_text(text, short_name, keywords)
+    except ValueError as error:
+        return Row(number, fault=str(error))
+    for name, value in (("path of a picture", picture), ("text", words.text)):
         if "\ufffd" in value:
             return Row(number, fault=f"the {name} is not UTF-8")
-    if short_name is not None and not isinstance(short_name, str):
-        return Row(number, fault=f"short_name must be a string, got {short_name!r}")
-    if not isinstance(keywords or [], list) or not all(isinstance(word, str) for word in keywords or []):
-        return Row(number, fault=f"keywords must be a list of strings, got {keywords!r}")
-    return Row(number, picture.strip(), PairText(text.strip(), short_name, keywords or []))
+    return Row(number, picture, words)
 
 
 def _json_row(number: int, line: str, img_key: str, caption_key: str) -> Row:
@@ -112,33 +150,67 @@ def _json_row(number: int, line: str, img_key: str, caption_key: str) -> Row:
 
 
 def _csv_rows(path: Path, lines: Iterator[str], img_key: str, caption_key: str, separator: str | None) -> Iterator[Row]:
-    header = next(lines, "")
-    separator = separator or ("\t" if path.suffix.lower() == ".tsv" or "\t" in header else ",")
-    columns = next(csv.reader([header], delimiter=separator), [])
-    picture = _column(path, columns, separator, img_key, "image")
-    text = _column(path, columns, separator, caption_key, "text")
-    reader = csv.reader(lines, delimiter=separator)
-    while True:
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Row(reader.line_num + 1, fault=str(error))
-            continue
-        number = reader.line_num + 1
-        if len(fields) == len(columns):
+    header = next(lines, "").lstrip(BYTE_ORDER_MARK)
+    if separator is None:
+        usual = "\t" if path.suffix.lower() == ".tsv" else ","
+        separator, columns = split_header(header, ((img_key, "image"), (caption_key, "text")), usual)
+    else:
+        columns = split_line(header, separator)
+    where = f"its header, split at {separator!r},"
+    picture = _column(path, columns, where, img_key, "image")
+    text = _column(path, columns, where, caption_key, "text")
+    limit, stray = csv.field_size_limit(), []
+    for number, fields, is_stray in read_records(lines, separator, len(columns), picture):
+        if is_stray:
+            stray.append(number)
+        if max(map(len, fields)) > limit:
+            yield Row(number, fault=f"field larger than field limit ({limit})")
+        elif len(fields) == len(columns):
             yield _row(number, fields[picture], fields[text])
-        elif fields:
-            yield Row(number, fault=f"{len(fields)} fields where the header has {len(columns)}")
+        else:
+            hint = ", and a quote mark without its partner" if is_stray else ""
+            yield Row(number, fault=f"{len(fields)} fields where the header has {len(columns)}{hint}")
+    if stray:
+        logger.warning(
+            "%s: %d rows hold a quote mark that opens or closes no field, the first is in line %d; their quote marks "
+            "were read as they stand",
+            *(printable(path), len(stray), stray[0]),
+        )
 
 
-def _column(path: Path, columns: list[str], separator: str, key: str, other: str) -> int:
+def _parquet_rows(path: Path, img_key: str, caption_key: str) -> Iterator[Row]:
+    """Rows of a Parquet file whose pictures are paths; only the columns that are needed are read."""
+    require("pyarrow", "parquet")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            picture = columns[_column(path, columns, "it", img_key, "image")]
+            text = columns[_column(path, columns, "it", caption_key, "text")]
+            found = str(file.schema_arrow.field(picture).type)
+            if "string" not in found.partition("indices")[0]:
+                raise ValueError(
+                    f"column {picture!r} of {path} must hold paths of pictures, got {found[:80]}; pictures inside a "
+                    "Parquet file are not read: write them to files or to WebDataset tars"
+                )
+            more = [name for name in ("short_name", "keywords") if name in columns]
+            number = 1
+            for batch in file.iter_batches(columns=[picture, text, *more]):
+                for row in batch.to_pylist():
+                    yield _row(number, row[picture], row[text], row.get("short_name"), row.get("keywords"))
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
+
+
+def _column(path: Path, columns: list[str], where: str, key: str, other: str) -> int:
     """Number of the column named ``key``, or else ``other``."""
     for name in (key, other):
         if name in columns:
             return columns.index(name)
     raise ValueError(
-        f"{path} has no column {key!r}{did_you_mean(key, columns)}; its header, split at {separator!r}, "
-        f"holds: {', '.join(columns) or 'nothing'}"
+        f"{path} has no column {key!r}{did_you_mean(key, columns)}; {where} holds: "
+        f"{printable(', '.join(columns), 300) or 'nothing'}"
     )

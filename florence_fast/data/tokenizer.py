@@ -1,9 +1,11 @@
 """CLIP's byte-pair tokenizer over the shipped merges (OpenAI CLIP, MIT), run by the ``tokenizers`` library.
 
 Equal to open_clip's ``SimpleTokenizer`` of the same text. open_clip first repairs the text with ftfy; that is
-done here too where ftfy is installed, and otherwise its one everyday part, Unicode's NFC form, is.
+done here too where ftfy is installed. Otherwise two parts of it are done: Unicode's NFC form, and halves of
+characters (lone surrogates), which become U+FFFD.
 """
 
+import contextlib
 import gzip
 import html
 import re
@@ -22,6 +24,8 @@ try:
 except ImportError:
 
     def _repair(text: str) -> str:
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return unicodedata.normalize("NFC", text)
 
 
@@ -63,7 +67,11 @@ def _load() -> _BytePairTokenizer:
 
 def _clean(text: str) -> str:
     """Repair, undo HTML escapes (twice, as the web needs), collapse white space, lower the case."""
-    return " ".join(html.unescape(html.unescape(_repair(text))).split()).lower()
+    text = _repair(text)
+    # An escape of more digits than Python turns into a number is no escape of a character.
+    with contextlib.suppress(ValueError):
+        text = html.unescape(html.unescape(text))
+    return " ".join(text.split()).lower()
 
 
 class Tokenizer:

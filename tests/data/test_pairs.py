@@ -1,7 +1,9 @@
 """Tables and folders of pairs: what is read, what is refused at once, and what is wrong with one row only."""
 
 import json
+import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,12 @@ def test_jsonl_has_short_names_and_keywords(folder: Path) -> None:
         ("t.jsonl", b'{"image": "a.png", "text": "x", "keywords": "y"}', "keywords must be a list of strings"),
         ("t.jsonl", b'{"image": "a.png", "text": "x", "keywords": [1]}', "keywords must be a list of strings"),
         ("t.jsonl", b'{"image": "a.png", "text": "x", "short_name": 1}', "short_name must be a string"),
+        ("t.jsonl", b"[" * 100_000, "JSON nested more than 100 deep"),
+        ("t.jsonl", b'{"image": "a.png", "text": "cut \\ud83d"}', "the text holds half a character"),
+        ("t.jsonl", b'{"image": "caf\\udce9.png", "text": "x"}', "the path of a picture holds half a character"),
+        ("t.jsonl", b'{"image": "a.png", "text": "x", "keywords": ["\\ud83d"]}', "the keyword holds half a character"),
+        ("t.jsonl", b'{"image": "a.png", "text": "x", "short_name": "\\ud83d"}', "the short name holds half a char"),
+        ("t.jsonl", b'{"image": "a.png", "text": "%s"}' % (b"x" * 10_001), "the text has 10,001 characters"),
     ],
 )
 def test_a_bad_row_spoils_itself_only(folder: Path, name: str, row: bytes, fault: str) -> None:
@@ -84,6 +92,165 @@ def test_a_bad_row_spoils_itself_only(folder: Path, name: str, row: bytes, fault
     for read in (source.texts, source.image):
         with pytest.raises(ValueError, match=fault):
             read(1)
+
+
+QUOTED = [
+    # (what stands in the table after the header, the texts read, line numbers, rows whose quote marks are signs)
+    ('a.png,"one\ntwo, 3\nthree"\nb.png,pear\n', ["one\ntwo, 3\nthree", "pear"], [2, 5], 0),
+    ('a.png,"say ""hi"", all"\n"b.png","pear"\n', ['say "hi", all', "pear"], [2, 3], 0),
+    ('a.png,"open\nb.png,pear\na.png,plum\n', ['"open', "pear", "plum"], [2, 3, 4], 1),
+    ('a.png,"open\nb.png,"red, pear"\na.png,plum\n', ['"open', "red, pear", "plum"], [2, 3, 4], 1),
+    ('a.png,"open\nb.png,closing"\n', ['"open', 'closing"'], [2, 3], 1),
+    ('a.png,"open\nb.png,"open too\na.png,plum\n', ['"open', '"open too', "plum"], [2, 3, 4], 2),
+    ('a.png,"hi" he said\nb.png,a 5" nail\n', ['"hi" he said', 'a 5" nail'], [2, 3], 1),
+    ('a.png,pear\nb.png,"open at the end\n', ["pear", '"open at the end'], [2, 3], 1),
+    ('a.png,"' + "x\n" * 200 + '"\nb.png,pear\n', ['"x', "pear"], [2, 203], 2),
+]
+
+
+@pytest.mark.parametrize(("rows", "texts", "lines", "stray"), QUOTED)
+@pytest.mark.parametrize(("name", "separator"), [("t.csv", ","), ("t.tsv", "\t"), ("t.csv", ";")])
+def test_a_quote_mark_costs_no_other_row(
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    rows: str,
+    texts: list[str],
+    lines: list[int],
+    stray: int,
+    name: str,
+    separator: str,
+) -> None:
+    (folder / name).write_text(("filepath,title\n" + rows).replace(",", separator))
+    source = open_pairs(folder / name)
+    pairs = [row for row in source.rows if not row.fault]
+    assert [row.text.text for row in pairs] == [text.replace(",", separator) for text in texts]
+    assert [row.number for row in pairs] == lines
+    assert (f"{stray} rows hold a quote mark" in caplog.text) == (stray > 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "texts"),
+    [
+        ('"one\ntwo, 3\nthree",a.png\npear,b.png\n', ["one\ntwo, 3\nthree", "pear"]),
+        ('"open,a.png\npear,b.png\n', ['"open', "pear"]),
+        ('"open\npear,b.png\nplum,a.png\n', [None, "pear", "plum"]),
+        ('"open,a.png\n5 feet 2",b.png\n', ['"open', '5 feet 2"']),
+    ],
+)
+def test_a_quote_mark_before_the_picture_costs_no_other_row(folder: Path, rows: str, texts: list[str | None]) -> None:
+    (folder / "t.csv").write_text("title,filepath\n" + rows)
+    source = open_pairs(folder / "t.csv")
+    assert [row.text.text if row.text else None for row in source.rows] == texts
+
+
+def test_rows_without_known_suffixes_are_known_by_their_fields(folder: Path) -> None:
+    (folder / "t.csv").write_text('filepath,title\na,apple\nb,"open\nc,pear\nd,"two\nlines"\n')
+    assert [row.text.text for row in open_pairs(folder / "t.csv").rows] == ["apple", '"open', "pear", "two\nlines"]
+
+
+@pytest.mark.parametrize("separator", ["\t", "\\t", "tab", "TAB"])
+def test_a_tab_may_be_typed_in_several_ways(folder: Path, separator: str) -> None:
+    (folder / "t.csv").write_text("filepath\ttitle\na.png\tred, apple\n")
+    assert open_pairs(folder / "t.csv", separator=separator).texts(0).text == "red, apple"
+
+
+@pytest.mark.parametrize("separator", [", ", "", '"', "\n", "tabs", 3])
+def test_what_cannot_separate_is_refused(folder: Path, separator: object) -> None:
+    (folder / "t.csv").write_text("filepath,title\na.png,x\n")
+    with pytest.raises(ValueError, match="separator must be one character, or one of tab, "):
+        open_pairs(folder / "t.csv", separator=separator)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("t.csv", ["filepath;title", "a.png;red, apple"]),
+        ("t.tsv", ["filepath,title", 'a.png,"red, apple"']),
+        ("t.csv", ["n|title|filepath", "1|red, apple|a.png"]),
+        ("t.csv", ["n,m;title;filepath", "1,2;red, apple;a.png"]),
+    ],
+)
+def test_the_header_shows_the_separator(folder: Path, name: str, lines: list[str]) -> None:
+    (folder / name).write_text("\n".join(lines))
+    source = open_pairs(folder / name)
+    assert source.texts(0).text == "red, apple" and source.image(0).size == (8, 8)
+
+
+def test_byte_order_marks_are_no_part_of_a_table(folder: Path) -> None:
+    mark = "\ufeff"
+    (folder / "t.csv").write_text(f"{mark}{mark}filepath,title\n{mark}a.png,{mark}apple{mark}\n", encoding="utf-8")
+    (folder / "t.jsonl").write_text(
+        f'{mark}{{"image": "a.png", "text": "{mark}apple"}}\n{mark}{{"image": "b.png", "text": "pear"}}\n',
+        encoding="utf-8",
+    )
+    assert open_pairs(folder / "t.csv").texts(0).text == "apple"
+    assert open_pairs(folder / "t.csv").image(0).size == (8, 8)
+    assert [open_pairs(folder / "t.jsonl").texts(i).text for i in range(2)] == ["apple", "pear"]
+
+
+def test_rows_that_are_no_pairs_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "t\x1b[2J.csv").write_text("filepath,title\na.png,apple\na.png,\n,pear\nb.png,plum\n")
+    source = open_pairs(folder / "t\x1b[2J.csv")
+    assert "2 of 4 rows are no image-text pairs, the first is in line 3: it has no text" in caplog.text
+    assert "\x1b" not in caplog.text + source.describe(0)
+
+
+def test_parquet_needs_an_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (folder / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ImportError, match=r"'pyarrow' is needed .* extra 'parquet'"):
+        open_pairs(folder / "t.parquet")
+
+
+def test_parquet(folder: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = {"path": ["a.png", None, "b.png"], "caption": ["apple", "x", "pear"], "keywords": [["red"], [], None]}
+    table = pyarrow.table(rows)
+    parquet.write_table(table, folder / "t.parquet")
+    source = open_pairs(folder / "t.parquet", img_key="path", caption_key="caption")
+    assert source.texts(0) == PairText("apple", None, ["red"]) and source.texts(2) == PairText("pear")
+    assert source.image(2).getpixel((0, 0)) == (2, 2, 2)
+    with pytest.raises(ValueError, match="it has no path of a picture"):
+        source.texts(1)
+    with pytest.raises(ValueError, match=r"no column 'filepath' .*; it holds: path, caption, keywords"):
+        open_pairs(folder / "t.parquet")
+    parquet.write_table(pyarrow.table({"image": [b"png"], "text": ["x"]}), folder / "bytes.parquet")
+    with pytest.raises(ValueError, match=r"column 'image' of .* must hold paths of pictures, got binary"):
+        open_pairs(folder / "bytes.parquet")
+    (folder / "cut.parquet").write_bytes((folder / "t.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"cut\.parquet is not a readable Parquet file"):
+        open_pairs(folder / "cut.parquet")
+
+
+def test_globs_are_sorted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (2, 10, 1):
+        (folder / f"part-{number:02}.csv").write_text(f"filepath,title\na.png,text {number}\n")
+        write_tar(folder / f"{number:02}.tar", sample("x", f"text {number}"))
+    (folder / "[1].csv").write_text("filepath,title\na.png,brackets\n")
+    monkeypatch.chdir(folder)
+    for spec in ("part-*.csv", "??.tar", "part-{01,02}*.csv::part-1?.csv"):
+        source = open_pairs(spec)
+        assert [source.texts(i).text for i in range(len(source))] == ["text 1", "text 2", "text 10"]
+    assert open_pairs(folder / "[1].csv").texts(0).text == "brackets"
+    with pytest.raises(FileNotFoundError, match=r"no file matches '.*none-\*\.csv'"):
+        open_pairs(f"{folder}/none-*.csv")
+
+
+def test_pipes_are_refused(folder: Path) -> None:
+    os.mkfifo(folder / "t.csv")
+    with pytest.raises(ValueError, match=r"t\.csv is neither a file nor a folder but a pipe"):
+        open_pairs(folder / "t.csv")
+
+
+def test_a_table_that_is_none_is_refused(folder: Path) -> None:
+    (folder / "t.csv").write_text("filepath,title\na.png,apple\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"t\.csv is UTF-16: save it as UTF-8"):
+        open_pairs(folder / "t.csv")
+    with open(folder / "t.csv", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"t\.csv has a line of more than"):
+        open_pairs(folder / "t.csv")
 
 
 def test_a_missing_picture_shows_when_it_is_read(folder: Path) -> None:

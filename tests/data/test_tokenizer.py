@@ -39,6 +39,18 @@ def test_rows_have_the_shape_and_type_of_open_clip() -> None:
     assert (Tokenizer.vocab_size, Tokenizer.sot_token_id, Tokenizer.eot_token_id) == (49408, 49406, 49407)
 
 
+@pytest.mark.parametrize("text", ["cut \ud83d", "\ude00\ud83d twice", "caf\udce9", "&#" + "1" * 5000 + ";", "\x00\x1b"])
+def test_no_text_is_too_dirty(text: str) -> None:
+    row = Tokenizer(16)([text, "clean"])[0].tolist()
+    assert row[0] == 49406 and 49407 in row
+    halves = "".join("\ufffd" if "\ud800" <= letter <= "\udfff" else letter for letter in text)
+    assert Tokenizer(16)(halves)[0].tolist() == row
+
+
+def test_two_halves_of_a_character_are_one() -> None:
+    assert Tokenizer(8)("\ud83d\ude00").tolist() == Tokenizer(8)("\U0001f600").tolist()
+
+
 @pytest.mark.parametrize("text", ["a photo of a cat", "it 's 4 , naïve café ! 😀", "日本語 한국어"])
 def test_decode_gives_the_text_back(text: str) -> None:
     tokenizer = Tokenizer(40)
