@@ -1,12 +1,19 @@
 """The command line ``florence-fast``: thin commands over the Python surface.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage (one line says what is wrong), 130 interrupted. A failure of a kind that
-we foresaw is one line too; any other keeps its traceback, which a bug report needs. Modules that need torch are
-imported by the commands that use them, so ``--help`` answers at once.
+Exit codes: 0 done, 1 failed, 2 wrong usage (one line says what is wrong), 130 interrupted, 143 terminated (128 plus
+the number of the signal, as shells have it), 141 nobody reads what is printed. A failure of a kind that we foresaw is
+one line too; any other keeps its traceback, which a bug report needs. Modules that need torch are imported by the
+commands that use them, so ``--help`` answers at once.
 """
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from signal import SIGTERM
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +36,7 @@ from florence_fast.cli.usage import WrongUsage
 from florence_fast.version import __version__
 
 NAME = "florence-fast"
+_ENDED = {129: ("hung up", 129), 130: ("interrupted", 130), 143: ("terminated", 143)}
 
 app = typer.Typer(name=NAME, add_completion=False, rich_markup_mode=None)
 app.command("demo")(demo.command)
@@ -64,9 +72,21 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``args`` are the process's own by default."""
     args = list(sys.argv[1:] if args is None else args)
     try:
+        with _terminable():
+            return _run(args)
+    except _Terminated:
+        return _complain(*_ENDED[143])
+    finally:
+        _let_go_of_closed_streams()
+
+
+def _run(args: list[str]) -> int:
+    try:
         code = typer.main.get_command(app).main(args or ["--help"], prog_name=NAME, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted", 130)
+        return _complain(*_ENDED[130])
+    except BrokenPipeError:
+        return 141
     except WrongUsage as error:
         return _complain(str(error), 2)
     except OSError as error:
@@ -77,8 +97,44 @@ def main(args: Sequence[str] | None = None) -> int:
         if type(error).__module__.startswith("florence_fast."):
             return _complain(f"failed: {error}", 1)
         raise
-    # The parser turns Ctrl-C into this code itself, without a word.
-    return _complain("interrupted", 130) if code == 130 else code or 0
+    # The parser turns Ctrl-C into its code itself, without a word.
+    return _complain(*_ENDED[code]) if code in _ENDED else code or 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: temporary files are removed, and a container's first process ends.
+
+    Training has a handler of its own meanwhile, which saves. A handler of the program that called us stays.
+    """
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _let_go_of_closed_streams() -> None:
+    """Send what nobody can read any more to nowhere, or Python would fail with it when it ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def _usage_line(error: Any) -> str:
@@ -89,5 +145,6 @@ def _usage_line(error: Any) -> str:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"{NAME}: {message}", file=sys.stderr)
+    with suppress(BrokenPipeError):
+        print(f"{NAME}: {message}", file=sys.stderr)
     return code

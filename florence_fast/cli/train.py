@@ -5,7 +5,10 @@ what is not given keeps the value that the file of ``--config``, or else ``Train
 """
 
 import dataclasses
+import itertools
 import os
+import shlex
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +24,9 @@ from florence_fast.cli.usage import (
     pick_device,
     refusals_as_wrong_usage,
     refuse_earlier_run,
+    say,
 )
+from florence_fast.errors import require_count
 from florence_fast.text_files import read_json
 
 if TYPE_CHECKING:
@@ -44,7 +49,9 @@ def command(
     csv_caption_key: Annotated[str, typer.Option(help="Column of the text.")] = "title",
     csv_separator: Annotated[str | None, typer.Option(help="Between columns.", show_default="by suffix")] = None,
     model: Model = "florence_nano",
-    pretrained: Annotated[str | None, typer.Option(help="Start from these weights: a tag, a folder or a file.")] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="Start from weights: a tag, a folder (of a run, too) or a file.")
+    ] = None,
     force_image_size: Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help=f"Length in passes [default: {DEFAULT_EPOCHS}].")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length in steps, in place of --epochs.")] = None,
@@ -91,7 +98,8 @@ def command(
 
     from florence_fast.data import BatchAugment, open_pairs
     from florence_fast.models import get_model_config
-    from florence_fast.train import TrainConfig, Trainer, init_distributed
+    from florence_fast.provenance import provenance
+    from florence_fast.train import ResumeError, TrainConfig, Trainer, init_distributed
     from florence_fast.train.distributed import rank, world_size
 
     with refusals_as_wrong_usage():
@@ -106,10 +114,40 @@ def command(
     torch.manual_seed(run.seed)
     net, tokenizer = load(model, pretrained, device)
     pixels = BatchAugment(net.config.image_mean, net.config.image_std) if augment else None
-    result = Trainer(net, tokenizer, source, run, folder, augment=pixels).run(resume=resume)
+    about = {"command": provenance()["command"], "model": model, "pretrained": pretrained, "data": train_data}
+    with refusals_as_wrong_usage():
+        folder = folder if name else _folder_of_its_own(folder)
+        trainer = Trainer(net, tokenizer, source, run, folder, augment=pixels, about=about)
+    try:
+        result = trainer.run(resume=resume)
+    except ResumeError as error:
+        raise WrongUsage(" ".join(str(error).split())) from error
     if rank() == 0:
-        print(f"{result['status']} at step {result['step']} of {run.total_steps}: {result['checkpoint']}")
+        say(f"{result['status']} at step {result['step']} of {run.total_steps}: {result['checkpoint']}")
+        say(_next_command(result["status"], about["command"], folder, model, name, resume))
     exit_if_interrupted(result)
+
+
+def _next_command(status: str, command: str, folder: Path, model: str, name: str | None, resume: str | None) -> str:
+    """What is likely to be typed next: the command that goes on with a stopped run, or those that use its weights."""
+    if status == "stopped":
+        more = [] if name else ["--name", folder.name]
+        return f"to go on: {command} {shlex.join([*more, *([] if resume == 'latest' else ['--resume', 'latest'])])}"
+    weights = shlex.join(["--model", model, "--pretrained", str(folder)])
+    return (
+        f"next: florence-fast evaluate zero-shot {weights} --data PAIRS\n"
+        f"      florence-fast predict {weights} --image IMAGE --texts TEXT TEXT"
+    )
+
+
+def _folder_of_its_own(folder: Path) -> Path:
+    """Make the folder of a run that was given no name; runs that start in the same second get a number."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        own = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with suppress(FileExistsError):
+            own.mkdir()
+            return own
 
 
 def _run_folder(logs: Path, name: str | None, model: str, resume: str | None) -> Path:
@@ -139,12 +177,15 @@ def _config(
     from florence_fast.train import TrainConfig
 
     settings = read_json(file) if file else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} must hold an object with TrainConfig's settings, got {type(settings).__name__}")
     if epochs and steps:
         raise WrongUsage("--epochs and --steps are two ways to say one length: give one of them")
     if "stages" in settings and (epochs or steps):
         raise WrongUsage(f"the stages of {file} say how long the run is: leave out --epochs and --steps")
     settings = {**settings, **given}
     at_once = settings.get("batch_size", TrainConfig.batch_size)
+    require_count("batch_size", at_once, at_least=1)
     if accum_freq > 1:
         settings |= {"batch_size": at_once * accum_freq, "micro_batch_size": at_once}
     steps_per_epoch = max(1, num_pairs // (at_once * accum_freq * num_processes))

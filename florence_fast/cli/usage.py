@@ -1,8 +1,9 @@
 """What the commands share: refusals become wrong usage, and a model is loaded with its tokenizer."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,8 @@ def one_of(*known: str) -> Callable[[str], str]:
 
 Model = Annotated[str, typer.Option("--model", help="Name of the model; an unknown one lists those that there are.")]
 Pretrained = Annotated[
-    str | None, typer.Option("--pretrained", help="Weights: a tag, a folder or a file; 'none' for random ones.")
+    str | None,
+    typer.Option("--pretrained", help="Weights: a tag, a folder (of a run, too), a file, or 'none'."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1; by default a GPU if there is one.")]
 Precision = Annotated[
@@ -69,9 +71,18 @@ def refuse_earlier_run(folder: Path) -> None:
 
 
 def exit_if_interrupted(result: dict[str, Any]) -> None:
-    """Leave with the exit code of Ctrl-C when that is what ended a run; after SIGTERM the run has ended as asked."""
-    if result.get("signal") == "SIGINT":
-        raise typer.Exit(130)
+    """Leave with the exit code of the signal that stopped a run before its end, so that no script takes it for done.
+
+    That is 130 after SIGINT, 143 after SIGTERM, also where another rank was the one to receive it, 129 after SIGHUP.
+    """
+    if result.get("status") == "stopped":
+        raise typer.Exit(128 + signal.Signals[result["signal"] or "SIGTERM"])
+
+
+def say(text: str) -> None:
+    """Print a line for whoever still reads: a run that is done does not fail for want of a reader."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def load(model: str, pretrained: str | None, device: str | None, precision: str = "fp32") -> tuple["nn.Module", Any]:

@@ -23,6 +23,7 @@ from florence_fast.strict_json import parse_json
 from florence_fast.text_files import read_json
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+_STEP = re.compile(r"step_(\d+)\.safetensors")  # as the trainer names its weights
 _SAVE_TENSORS = "torch.save(torch.load(file, weights_only=False)['model'], 'tensors.pth')"
 
 
@@ -51,11 +52,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def read_tensors(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a directory of `save_pretrained`, a safetensors file, or a ``.pth``/``.pt`` file of plain tensors.
 
+    The folder of a training run stands for its newest weights.
+
     Returns:
         The tensors under the file's own names, less the wrappings of training scripts, on the CPU.
 
     Raises:
-        FileNotFoundError: nothing is there, or the directory holds no ``model.safetensors``.
+        FileNotFoundError: nothing is there, or the directory holds no ``model.safetensors`` and no run's weights.
         OSError: the file cannot be opened or read.
         ValueError: the file is damaged, of another kind, or holds pickled objects other than tensors.
     """
@@ -73,12 +76,26 @@ def read_tensors(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _read_folder(path: Path) -> Checkpoint:
     if not (path / WEIGHTS_NAME).is_file():
+        if (newest := _newest_of_a_run(path)) is not None:
+            return read_tensors(newest)
         names = sorted(p.name for p in path.iterdir())[:8]
         raise FileNotFoundError(f"{path} holds no {WEIGHTS_NAME}, only {names}")
     found, beside = read_tensors(path / WEIGHTS_NAME), path / CONFIG_NAME
     if found.config is None and beside.is_file():
         return Checkpoint(found.path, found.state, _config(read_json(beside), str(beside)))
     return found
+
+
+def _newest_of_a_run(folder: Path) -> Path | None:
+    """Return the newest weights of a training run: those that its ``latest`` names, or else those of the last step."""
+    checkpoints = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    steps = {int(match[1]): file for file in checkpoints.iterdir() if (match := _STEP.fullmatch(file.name))}
+    pointer = checkpoints / "latest"
+    if pointer.is_file():
+        name = pointer.read_bytes().decode("utf-8", "replace").strip().removesuffix(".pt")
+        if (match := _STEP.fullmatch(f"{name}.safetensors")) and int(match[1]) in steps:
+            return steps[int(match[1])]
+    return steps[max(steps)] if steps else None
 
 
 def _config(values: Any, source: str) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from florence_fast.train.checkpoint import CheckpointStore, CorruptCheckpointError
 from florence_fast.train.config import PAPER_STAGES, Stage, TrainConfig, paper_stages
-from florence_fast.train.distributed import init_distributed
+from florence_fast.train.distributed import RankMismatchError, init_distributed
 from florence_fast.train.ema import EMA
 from florence_fast.train.engine import Trainer, TrainingDivergedError
 from florence_fast.train.grad_cache import GradCache
 from florence_fast.train.loss import ContrastiveLoss
 from florence_fast.train.optim import create_optimizer, learning_rate
+from florence_fast.train.resume import ResumeError
+from florence_fast.train.run_lock import RunInUseError
 
 __all__ = [
     "EMA",
@@ -16,6 +18,9 @@ __all__ = [
     "ContrastiveLoss",
     "CorruptCheckpointError",
     "GradCache",
+    "RankMismatchError",
+    "ResumeError",
+    "RunInUseError",
     "Stage",
     "TrainConfig",
     "Trainer",
