@@ -17,6 +17,7 @@ from florence_fast.cli.usage import (
     settle_precision,
 )
 from florence_fast.files import write_json
+from florence_fast.printable import printable
 
 
 def command(
@@ -46,9 +47,9 @@ def command(
         answer = probabilities(net, tokenizer, picture, asked, precision=precision)
 
     ranked = sorted(zip(texts, answer, strict=True), key=lambda pair: -pair[1])
-    table = Table("text", "probability", title=str(image), title_justify="left")
+    table = Table("text", "probability", title=printable(image), title_justify="left")
     for text, probability in ranked:
-        table.add_row(text, f"{probability:.1%}")
+        table.add_row(printable(text), f"{probability:.1%}")
     Console(markup=False, highlight=False).print(table)
     if out is not None:
         answers = [{"text": text, "probability": probability} for text, probability in ranked]

@@ -18,6 +18,7 @@ from florence_fast.cli.usage import (
     settle_precision,
 )
 from florence_fast.files import write_json, write_text
+from florence_fast.printable import printable
 
 
 def command(
@@ -49,9 +50,9 @@ def command(
     index = index_pictures(net, pictures, batch_size=batch_size, precision=precision, progress=True)
     hits = rank(net, tokenizer, index, query, top)
 
-    table = Table("", "picture", "cosine", title=query, title_justify="left")
+    table = Table("", "picture", "cosine", title=printable(query), title_justify="left")
     for number, hit in enumerate(hits, start=1):
-        table.add_row(str(number), str(hit.path.relative_to(images)), f"{hit.score:.3f}")
+        table.add_row(str(number), printable(hit.path.relative_to(images)), f"{hit.score:.3f}")
     Console(markup=False, highlight=False).print(table)
     found = [{"path": str(hit.path), "score": hit.score} for hit in hits]
     write_json(out / "results.json", {"query": query, "model": model, "pretrained": pretrained, "hits": found})

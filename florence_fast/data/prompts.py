@@ -39,6 +39,8 @@ TRAIN_TEMPLATES = PAPER_TEMPLATES + _templates(
 OPENAI_IMAGENET_TEMPLATES = _templates(_METADATA["openai_imagenet_templates"])
 SIMPLE_IMAGENET_TEMPLATES = _templates(_METADATA["simple_imagenet_templates"])
 IMAGENET_CLASSNAMES: tuple[str, ...] = tuple(_METADATA["imagenet_classnames"])
+# The classes' WordNet ids, which are the names of ImageNet's folders, in the same order.
+IMAGENET_WNIDS: tuple[str, ...] = tuple(_METADATA["imagenet_wnids"])
 
 
 def draw_text(pair: PairText, draws: Sequence[float], keyword_prob: float, template_prob: float) -> tuple[str, str]:

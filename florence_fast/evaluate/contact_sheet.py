@@ -11,6 +11,7 @@ from PIL import Image
 
 from florence_fast.data.pictures import open_picture
 from florence_fast.evaluate.search import Hit
+from florence_fast.printable import printable
 
 THUMBNAIL = 192
 
@@ -45,13 +46,13 @@ def contact_sheet(query: str, hits: Sequence[Hit], folder: Path) -> str:
     figures = [
         FIGURE.format(
             data=thumbnail_uri(open_picture(hit.path)),
-            name=html.escape(os.path.relpath(hit.path, folder), quote=True),
+            name=html.escape(printable(os.path.relpath(hit.path, folder)), quote=True),
             rank=rank,
             score=hit.score,
         )
         for rank, hit in enumerate(hits, start=1)
     ]
-    return PAGE.format(title=html.escape(query, quote=True), count=len(hits), figures="\n".join(figures))
+    return PAGE.format(title=html.escape(printable(query), quote=True), count=len(hits), figures="\n".join(figures))
 
 
 def thumbnail_uri(image: Image.Image, size: int = THUMBNAIL) -> str:

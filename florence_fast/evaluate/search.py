@@ -1,5 +1,6 @@
 """Search in a folder of pictures by words: encode the pictures once, rank them by any text."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,13 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor, nn
 
+from florence_fast.data.folder_walk import files_below
+from florence_fast.data.left_out import LeftOut
 from florence_fast.data.pictures import SUFFIXES, open_picture
 from florence_fast.evaluate.features import ImageTransform, encode_images, encode_texts
+from florence_fast.printable import printable
+
+logger = logging.getLogger(__name__)
 
 
 class Hit(NamedTuple):
@@ -21,7 +27,7 @@ class Hit(NamedTuple):
 
 
 class PictureFolder:
-    """The pictures below a folder, in the order of their paths; hidden files and folders are left out.
+    """The pictures below a folder, in the order of their paths; links are followed, hidden files are left out.
 
     Raises:
         FileNotFoundError: The folder does not exist.
@@ -35,7 +41,10 @@ class PictureFolder:
             raise FileNotFoundError(f"no such folder: {self.folder}")
         if not self.folder.is_dir():
             raise NotADirectoryError(f"a folder of pictures was wanted, got a file: {self.folder}")
-        self.paths = sorted(path for path in self.folder.rglob("*") if self._is_picture(path))
+        left_out = LeftOut()
+        self.paths = [path for path in files_below(self.folder, left_out) if path.suffix.lower() in SUFFIXES]
+        if left_out:
+            logger.warning("%s: left out: %s", printable(self.folder), left_out)
         if not self.paths:
             raise ValueError(f"no pictures ({', '.join(sorted(SUFFIXES))}) in {self.folder}")
 
@@ -48,11 +57,7 @@ class PictureFolder:
 
     def describe(self, index: int) -> str:
         """Where picture ``index`` lies."""
-        return str(self.paths[index])
-
-    def _is_picture(self, path: Path) -> bool:
-        hidden = any(part.startswith(".") for part in path.relative_to(self.folder).parts)
-        return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+        return printable(self.paths[index])
 
 
 @dataclass(frozen=True)
