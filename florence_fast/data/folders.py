@@ -77,10 +77,13 @@ class FolderPairs(PairSource):
         return path.relative_to(self.folder).parts[0]
 
     def _refuse_what_is_no_class(self, classes: list[str]) -> None:
-        if classes and all(_SPLIT.fullmatch(name) for name in classes):
+        parts = [name for name in classes if _SPLIT.fullmatch(name)]
+        training = [name for name in parts if name.lower().startswith("train")]
+        others = [name for name in parts if name.lower().startswith(("val", "dev"))]
+        if (parts and len(parts) == len(classes)) or (training and others):
             raise ValueError(
-                f"{printable(self.folder)} holds parts of a data set and no classes: {printable(', '.join(classes))}; "
-                f"give one of them: {printable(self.folder / classes[0])}"
+                f"{printable(self.folder)} holds parts of a data set in place of classes: {', '.join(parts)}; give one "
+                f"of them: {printable(self.folder / [*training, *parts][0])}"
             )
         unknown = [name for name in classes if is_wnid(name) and imagenet_name(name) is None]
         if unknown:
