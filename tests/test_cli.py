@@ -231,6 +231,21 @@ def test_evaluate_prints_and_writes_the_same_figures(pairs, tmp_path, capsys):
         assert keys <= figures.keys() and figures["images"] == 3 and figures["task"] == task
 
 
+def test_evaluate_reads_the_columns_that_its_flags_name(pairs, tmp_path, capsys):
+    rows = pairs.read_text().replace("filepath\ttitle", "pic\twords").replace("\t", "|")
+    (tmp_path / "own.csv").write_text("\ufeff" + rows, encoding="utf-8")
+    (tmp_path / "names.txt").write_text(
+        "\ufeffa red thing\r\na blue thing\r\na fruit/apple thing\r\n", encoding="utf-8"
+    )
+    flags = ["--csv-img-key", "pic", "--csv-caption-key", "words", "--csv-separator", "pipe"]
+    for task in ("zero-shot", "retrieval"):
+        more = ["--classnames", str(tmp_path / "names.txt")] if task == "zero-shot" else []
+        assert main(["evaluate", task, "--data", str(tmp_path / "own.csv"), *flags, *more, *TINY]) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 3
+        shown = refused(capsys, "evaluate", task, "--data", tmp_path / "own.csv", "--csv-separator", ", ")
+        assert "separator must be one character" in shown
+
+
 def test_info_lists_versions_variables_and_reasons(capsys, monkeypatch):
     monkeypatch.setenv("FLORENCE_FAST_BACKEND", "reference")
     assert main(["info", "--json"]) == 0

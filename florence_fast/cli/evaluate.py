@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from florence_fast.cli.table_flags import CsvCaptionKey, CsvImgKey, CsvSeparator
 from florence_fast.cli.usage import (
     BatchSize,
     Device,
@@ -18,6 +19,7 @@ from florence_fast.cli.usage import (
 )
 from florence_fast.files import write_json
 from florence_fast.strict_json import format_json
+from florence_fast.text_files import read_lines
 
 if TYPE_CHECKING:
     from florence_fast.data.pairs import PairSource
@@ -28,7 +30,7 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Pictures with texts: a CSV, TSV or JSONL file, a folder, WebDataset tars ('{000..010}' counts), or "
+        help="Pictures with texts: CSV, TSV, JSONL or Parquet file, folder, or WebDataset tars ('{000..010}', '*'); "
         "'artists' for the shipped pictures of the artist that the demo never trains on.",
     ),
 ]
@@ -39,6 +41,9 @@ TEMPLATE_SETS = ("plain", "simple", "openai")
 @commands.command("zero-shot")
 def zero_shot(
     data: Data,
+    csv_img_key: CsvImgKey = "filepath",
+    csv_caption_key: CsvCaptionKey = "title",
+    csv_separator: CsvSeparator = None,
     classnames: Annotated[
         Path | None,
         typer.Option("--classnames", help="Text file, one class name a line.", show_default="the texts of --data"),
@@ -64,7 +69,7 @@ def zero_shot(
     from florence_fast.evaluate.features import device_of
 
     with refusals_as_wrong_usage():
-        source, texts = with_texts(_open(data))
+        source, texts = with_texts(_open(data, csv_img_key, csv_caption_key, csv_separator))
         names = _class_names(classnames, data, texts)
         class_indices(texts, names)
     sentences = _template_set(templates)
@@ -79,6 +84,9 @@ def zero_shot(
 @commands.command("retrieval")
 def retrieval(
     data: Data,
+    csv_img_key: CsvImgKey = "filepath",
+    csv_caption_key: CsvCaptionKey = "title",
+    csv_separator: CsvSeparator = None,
     template: Annotated[str, typer.Option("--template", help="What is asked; {} stands for the text.")] = "{}",
     model: Model = "florence_nano",
     pretrained: Pretrained = "artists",
@@ -92,7 +100,7 @@ def retrieval(
     from florence_fast.evaluate.features import device_of
 
     with refusals_as_wrong_usage():
-        source = _open(data)
+        source = _open(data, csv_img_key, csv_caption_key, csv_separator)
     net, tokenizer = load(model, pretrained, device, precision)
     precision = settle_precision(precision, device_of(net))
     figures = measure(
@@ -101,17 +109,19 @@ def retrieval(
     _report(out, "retrieval", data, model, pretrained, figures)
 
 
-def _open(data: str) -> "PairSource":
+def _open(data: str, img_key: str, caption_key: str, separator: str | None) -> "PairSource":
     from florence_fast.data.artists import artists_test
     from florence_fast.data.pairs import open_pairs
 
-    return artists_test() if data == "artists" else open_pairs(data)
+    if data == "artists":
+        return artists_test()
+    return open_pairs(data, img_key=img_key, caption_key=caption_key, separator=separator)
 
 
 def _class_names(file: Path | None, data: str, texts: list[str]) -> list[str]:
     """Names from a file, the demo's whole vocabulary for its own pictures, or the distinct texts of the data."""
     if file is not None:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_lines(file)
     if data == "artists":
         from florence_fast.data.artists import artists_names
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from florence_fast.cli.table_flags import CsvCaptionKey, CsvImgKey, CsvSeparator
 from florence_fast.cli.usage import (
     PRECISION_HELP,
     Model,
@@ -43,11 +44,11 @@ def _flag(default: object, *names: str, **settings: Any) -> Any:
 def command(
     context: typer.Context,
     train_data: Annotated[
-        str, typer.Option(help="CSV, TSV or JSONL file, folder, or WebDataset tars ('{000..010}' counts).")
+        str, typer.Option(help="CSV, TSV, JSONL or Parquet file, folder, or WebDataset tars ('{000..010}', '*').")
     ],
-    csv_img_key: Annotated[str, typer.Option(help="Column of the picture's path.")] = "filepath",
-    csv_caption_key: Annotated[str, typer.Option(help="Column of the text.")] = "title",
-    csv_separator: Annotated[str | None, typer.Option(help="Between columns.", show_default="by suffix")] = None,
+    csv_img_key: CsvImgKey = "filepath",
+    csv_caption_key: CsvCaptionKey = "title",
+    csv_separator: CsvSeparator = None,
     model: Model = "florence_nano",
     pretrained: Annotated[
         str | None, typer.Option(help="Start from weights: a tag, a folder (of a run, too) or a file.")

@@ -26,6 +26,7 @@ from florence_fast.data.prompts import draw_text
 from florence_fast.data.sampling import TEXT, epoch_order, uniform
 from florence_fast.data.workers import Workers
 from florence_fast.errors import unknown
+from florence_fast.printable import printable
 from florence_fast.ranges import annotated
 
 logger = logging.getLogger(__name__)
@@ -259,7 +260,7 @@ class PairLoader:
     def _fault(self, index: int, reason: str) -> None:
         """Remember an unreadable pair and name it in the log, once."""
         if index not in self._faults:
-            self._faults[index] = reason
+            self._faults[index] = reason = printable(reason)
             logger.warning("skipping pair %d, %s: %s", index, self.source.describe(index), reason)
 
     def _replace(self, slots: Slots, slot: int, decoded: Decoded, start: Start) -> None:
@@ -276,6 +277,7 @@ class PairLoader:
             if self._has_text(index):
                 slots.indices[slot], slots.epochs[slot] = index, epoch
                 return
+            self._judge_in_a_row(other - position)
         raise BadDataError(f"none of the {len(self.source)} image-text pairs can be read: {self._first_faults()}")
 
     def _judge(self, seen: int, bad: int) -> None:
@@ -288,10 +290,16 @@ class PairLoader:
                 f"max_bad_share={self.max_bad_share}: {self._first_faults()}"
             )
 
-    def _first_faults(self) -> str:
-        named = [
-            f"{self.source.describe(index)}: {reason}" for index, reason in list(self._faults.items())[:NAMED_IN_ERROR]
-        ]
+    def _judge_in_a_row(self, bad: int) -> None:
+        """Stop after so many unreadable pairs in a row that a whole table need not be tried: a wrong folder, mostly."""
+        if bad >= JUDGED_AFTER and self.samples_bad + bad > self.max_bad_share * (self.samples_seen + bad):
+            raise BadDataError(
+                f"{bad} pairs in a row could not be read, more than max_bad_share={self.max_bad_share} lets pass; "
+                f"are the pictures where the data says? {self._first_faults(1)}"
+            )
+
+    def _first_faults(self, most: int = NAMED_IN_ERROR) -> str:
+        named = [f"{self.source.describe(index)}: {reason}" for index, reason in list(self._faults.items())[:most]]
         more = len(self._faults) - len(named)
         return "; ".join(named) + (f"; and {more} more" if more else "")
 

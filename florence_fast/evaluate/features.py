@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from florence_fast.data.loader import BadDataError
+from florence_fast.data.loader import JUDGED_AFTER, BadDataError
 from florence_fast.data.pairs import PairSource, Subset
 from florence_fast.data.transforms import image_transform
 from florence_fast.precision import autocast, check_precision, input_dtype, resolve_precision, weights_dtype
+from florence_fast.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,12 @@ def _readable(source: Pictures, read: Callable[[int], Item], max_bad_share: floa
             item = read(index)
         except UNREADABLE as error:
             broken.append(source.describe(index))
-            log.warning("skipped %s: %s", broken[-1], error)
+            log.warning("skipped %s: %s", broken[-1], printable(error))
+            if len(broken) == index + 1 == JUDGED_AFTER and max_bad_share < 1:
+                raise BadDataError(
+                    f"none of the first {len(broken)} of {len(source)} pairs can be read; are the pictures where the "
+                    f"data says? {broken[-1]}: {printable(error)}"
+                ) from error
             if len(broken) > max_bad_share * len(source):
                 raise BadDataError(
                     f"{len(broken)} of {len(source)} pairs cannot be read, more than the allowed share "

@@ -4,13 +4,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from florence_fast.data.labels import text_label
 from florence_fast.data.loader import BadDataError, Batch, PairLoader
+from florence_fast.data.pairs import open_pairs
 from florence_fast.data.prompts import TRAIN_TEMPLATES
 from tests.data.conftest import ListPairs
 
@@ -205,6 +208,29 @@ def test_too_large_a_share_of_unreadable_pairs_stops_the_run(list_pairs: Build) 
         match=r"^4 of 200 samples were unreadable, more than max_bad_share=0\.01: list\[[12]\]: no picture here; list",
     ):
         next(batches)
+
+
+def test_a_wrong_folder_stops_the_run_early(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = "".join(f"wrong/{number}.png,caption {number}\n" for number in range(2000))
+    (tmp_path / "t.csv").write_text("filepath,title\n" + rows)
+    with pytest.raises(BadDataError, match="200 pairs in a row could not be read") as error:
+        take(load(open_pairs(tmp_path / "t.csv")), 1)
+    assert f"neither in the table's folder {tmp_path} nor in the working folder {Path.cwd()}" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1 and str(error.value).count("wrong/") == 2
+    assert len(caplog.records) < 300
+
+
+def test_reasons_do_not_act_on_the_terminal(list_pairs: Build, caplog: pytest.LogCaptureFixture) -> None:
+    source = list_pairs(9)
+
+    def image(index: int) -> Image.Image:
+        if index == 3:
+            raise ValueError("cannot read \x1b[2J.png")
+        return ListPairs.image(source, index)
+
+    source.image = image
+    take(load(source, max_bad_share=1), 3)
+    assert r"cannot read \x1b[2J.png" in caplog.text and "\x1b" not in caplog.text
 
 
 def test_a_source_of_which_nothing_can_be_read_stops_the_run(list_pairs: Build) -> None:

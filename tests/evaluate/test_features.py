@@ -49,6 +49,14 @@ def test_too_many_broken_pictures_stop_the_call():
         encode_images(ColourModel(), ColourPictures([None]), transform, max_bad_share=1.0)
 
 
+def test_a_wrong_folder_stops_the_call_early(caplog):
+    with pytest.raises(BadDataError, match=r"none of the first 200 of 30000 pairs can be read; are the pictures where"):
+        encode_images(ColourModel(), ColourPictures([None] * 30_000), transform)
+    assert len(caplog.records) == 200
+    pictures = ColourPictures([None] * 250 + ["red"])
+    assert encode_images(ColourModel(), pictures, transform, max_bad_share=1.0).indices == [250]
+
+
 def test_a_pair_without_a_text_is_named_and_left_out(caplog):
     source, texts = with_texts(ColourPictures(["red", "green", "blue"], ["red", "", "blue"]), max_bad_share=0.5)
     assert texts == ["red", "blue"] and [source.describe(index) for index in range(2)] == ["picture 0", "picture 2"]
