@@ -107,7 +107,7 @@ def compile_cases(cases: list[Case], triton: Path | None) -> dict[str, Any]:
     Raises:
         ChildFailed: it ended with an error.
     """
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     # Under the interpreter, which the tests set, nothing can be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -117,7 +117,7 @@ class Unusable(Exception):
 
 def main(args: list[str] | None = None) -> int:
     """Run the command."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     parser = argparse.ArgumentParser(prog="python -m bench.releases", description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", metavar="TEXT", help="releases whose name holds this")

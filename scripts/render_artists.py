@@ -22,7 +22,7 @@ from pathlib import Path
 
 import resvg_py
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 ARTISTS = {
     "emojione": "1.2.3",

@@ -108,6 +108,11 @@ def test_json_is_read_and_written_in_one_place():
     assert [path.name for path in users] == ["strict_json.py"]
 
 
+def test_progress_bars_are_those_that_notebooks_can_show():
+    bars = {name for path in source_files() for name in imported_modules(path) if name.endswith(".tqdm")}
+    assert bars == {"tqdm.auto.tqdm"}
+
+
 def test_the_package_itself_needs_neither_torch_nor_triton():
     import subprocess
     import sys

@@ -12,6 +12,7 @@ from florence_fast.cli.usage import (
     Model,
     Precision,
     Pretrained,
+    ResizeMode,
     load,
     one_of,
     refusals_as_wrong_usage,
@@ -60,6 +61,7 @@ def zero_shot(
     pretrained: Pretrained = "artists",
     out: Out = None,
     batch_size: BatchSize = 256,
+    image_resize_mode: ResizeMode = None,
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
@@ -73,7 +75,7 @@ def zero_shot(
         names = _class_names(classnames, data, texts)
         class_indices(texts, names)
     sentences = _template_set(templates)
-    net, tokenizer = load(model, pretrained, device, precision)
+    net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
     precision = settle_precision(precision, device_of(net))
     figures = measure(
         net, tokenizer, source, names, sentences, batch_size=batch_size, precision=precision, progress=True
@@ -92,6 +94,7 @@ def retrieval(
     pretrained: Pretrained = "artists",
     out: Out = None,
     batch_size: BatchSize = 256,
+    image_resize_mode: ResizeMode = None,
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
@@ -101,7 +104,7 @@ def retrieval(
 
     with refusals_as_wrong_usage():
         source = _open(data, csv_img_key, csv_caption_key, csv_separator)
-    net, tokenizer = load(model, pretrained, device, precision)
+    net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
     precision = settle_precision(precision, device_of(net))
     figures = measure(
         net, tokenizer, source, template=template, batch_size=batch_size, precision=precision, progress=True

@@ -12,6 +12,7 @@ from florence_fast.cli.usage import (
     Model,
     Precision,
     Pretrained,
+    ResizeMode,
     load,
     refusals_as_wrong_usage,
     settle_precision,
@@ -28,6 +29,7 @@ def command(
     model: Model = "florence_nano",
     pretrained: Pretrained = "artists",
     out: Annotated[Path | None, typer.Option("--out", help="Also write the answer here, as JSON.")] = None,
+    image_resize_mode: ResizeMode = None,
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
@@ -38,7 +40,7 @@ def command(
 
     with refusals_as_wrong_usage():
         picture = open_picture(image)
-    net, tokenizer = load(model, pretrained, device, precision)
+    net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
     precision = settle_precision(precision, device_of(net))
     # The parser gives --texts one value only; those that follow it arrive as arguments.
     texts = [*texts, *(more_texts or [])]

@@ -13,6 +13,7 @@ from florence_fast.cli.usage import (
     Model,
     Precision,
     Pretrained,
+    ResizeMode,
     load,
     refusals_as_wrong_usage,
     settle_precision,
@@ -31,6 +32,7 @@ def command(
         "runs/search"
     ),
     batch_size: BatchSize = 64,
+    image_resize_mode: ResizeMode = None,
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
@@ -45,7 +47,7 @@ def command(
 
     with refusals_as_wrong_usage():
         pictures = PictureFolder(images)
-    net, tokenizer = load(model, pretrained, device, precision)
+    net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
     precision = settle_precision(precision, device_of(net))
     index = index_pictures(net, pictures, batch_size=batch_size, precision=precision, progress=True)
     hits = rank(net, tokenizer, index, query, top)

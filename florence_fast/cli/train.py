@@ -76,7 +76,10 @@ def command(
     worker_timeout: Annotated[
         float | None, _flag(300.0, help="Seconds without a decoded sample after which the workers count as stuck.")
     ] = None,
-    crop: Annotated[str | None, _flag("squash", help="squash, center or random_resized.")] = None,
+    crop: Annotated[
+        str | None,
+        _flag("the model's", help="Of each image: shortest (its middle), longest, squash or random_resized."),
+    ] = None,
     augment: Annotated[bool, typer.Option("--augment", help="Turn, shear and recolour the pictures.")] = False,
     max_bad_share: Annotated[float | None, _flag(0.01, help="Share of unreadable pairs that stops it.")] = None,
     max_skipped_steps: Annotated[int | None, _flag(20, min=0, help="NaN steps in a row that stop it.")] = None,

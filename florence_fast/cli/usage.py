@@ -45,6 +45,14 @@ Precision = Annotated[
         help=PRECISION_HELP,
     ),
 ]
+ResizeMode = Annotated[
+    str | None,
+    typer.Option(
+        "--image-resize-mode",
+        help="shortest (the middle of an image), longest (all of it, on a canvas) or squash (stretched).",
+        show_default="as trained",
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures or texts in one forward pass.")]
 
 
@@ -85,13 +93,16 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def load(model: str, pretrained: str | None, device: str | None, precision: str = "fp32") -> tuple["nn.Module", Any]:
+def load(
+    model: str, pretrained: str | None, device: str | None, precision: str = "fp32", resize_mode: str | None = None
+) -> tuple["nn.Module", Any]:
     """Create a model on its device, with its tokenizer; a name, tag or device that is not there is wrong usage."""
     import florence_fast as ff
 
     with refusals_as_wrong_usage():
         weights = None if pretrained == "none" else pretrained
-        net = ff.create_model(model, pretrained=weights, precision=precision, device=pick_device(device))
+        options = {"image_resize_mode": resize_mode} if resize_mode else {}
+        net = ff.create_model(model, pretrained=weights, precision=precision, device=pick_device(device), **options)
         return net, ff.get_tokenizer(model)
 
 

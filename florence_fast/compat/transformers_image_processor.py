@@ -20,6 +20,8 @@ class FlorenceFastImageProcessor(BaseImageProcessor):
         size: height and width of what the model reads.
         image_mean: subtracted from each channel.
         image_std: by which it is then divided.
+        resize_mode: "shortest", "longest" or "squash"; see `florence_fast.image_transform`.
+        interpolation: "bicubic" or "bilinear".
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 - transformers' own form
@@ -29,14 +31,18 @@ class FlorenceFastImageProcessor(BaseImageProcessor):
         size: int = 224,
         image_mean: Iterable[float] = (0.485, 0.456, 0.406),
         image_std: Iterable[float] = (0.229, 0.224, 0.225),
+        resize_mode: str = "shortest",
+        interpolation: str = "bicubic",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.size, self.image_mean, self.image_std = size, list(image_mean), list(image_std)
+        self.resize_mode, self.interpolation = resize_mode, interpolation
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
         """Turn one PIL picture or several into ``pixel_values``, (B, 3, size, size)."""
-        transform = image_transform(self.size, False, tuple(self.image_mean), tuple(self.image_std))
+        mean, std = tuple(self.image_mean), tuple(self.image_std)
+        transform = image_transform(self.size, False, mean, std, self.resize_mode, self.interpolation)
         pictures = [images] if isinstance(images, Image.Image) else list(images)
         pixels = torch.stack([transform(picture) for picture in pictures])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)

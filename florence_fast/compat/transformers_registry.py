@@ -100,6 +100,7 @@ def save_for_transformers(model: Florence, directory: str | os.PathLike[str]) ->
     config = model.config
     FlorenceFastModel.from_florence(model).save_pretrained(directory)
     processor = {"size": config.image.img_size, "image_mean": config.image_mean, "image_std": config.image_std}
+    processor |= {"resize_mode": config.resize_mode, "interpolation": config.interpolation}
     FlorenceFastImageProcessor(**processor).save_pretrained(directory)
     FlorenceFastTokenizer(model_max_length=config.text.context_length).save_pretrained(directory)
     return Path(directory)

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from florence_fast.data.pairs import PairSource
 from florence_fast.data.pictures import to_rgb
+from florence_fast.data.resizing import RESIZE_MODES, fit, resize
 from florence_fast.data.sampling import CROP, uniform
-from florence_fast.data.transforms import fit_shortest, random_crop_box, resize, squash, to_array
+from florence_fast.data.transforms import random_crop_box, to_array
 
-CROPS = ("squash", "random_resized", "center")
+# What a loader shows of an image: an evaluation's way of resizing (of which "center" is the older name for "shortest"),
+# or a random part.
+CROPS = (*RESIZE_MODES, "center", "random_resized")
 
 # A picture as (index, epoch); the epoch is 0 where the picture is the same in all of them.
 Key = tuple[int, int]
@@ -30,6 +32,7 @@ class Decoder:
     size: int
     crop: str
     seed: int
+    interpolation: str = "bicubic"
 
     def __call__(self, key: Key) -> np.ndarray | str:
         """Decode one picture, or say why that cannot be done."""
@@ -39,12 +42,10 @@ class Decoder:
         except (OSError, ValueError, MemoryError) as error:
             return str(error) or type(error).__name__
         size = (self.size, self.size)
-        if self.crop == "squash":
-            return to_array(squash(image, size))
-        if self.crop == "center":
-            return to_array(fit_shortest(image, size))
+        if self.crop != "random_resized":
+            return to_array(fit(image, size, "shortest" if self.crop == "center" else self.crop, self.interpolation))
         box = random_crop_box(image.width, image.height, uniform(self.seed, CROP, epoch, np.array([index]), 4)[0])
-        return to_array(resize(image, size, Image.Resampling.BICUBIC, box))
+        return to_array(resize(image, size, self.interpolation, box))
 
 
 class Here:

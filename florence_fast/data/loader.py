@@ -23,6 +23,7 @@ from florence_fast.data.labels import text_label
 from florence_fast.data.pairs import PairSource, PairText
 from florence_fast.data.picture_cache import PictureCache, fits_in_memory, shrink
 from florence_fast.data.prompts import draw_text
+from florence_fast.data.resizing import INTERPOLATIONS
 from florence_fast.data.sampling import TEXT, epoch_order, uniform
 from florence_fast.data.workers import Workers
 from florence_fast.errors import unknown
@@ -90,8 +91,9 @@ class PairLoader:
             are on.
         rank, world_size: which part of each global batch of ``batch_size * world_size`` samples is ours.
         max_bad_share: largest share of unreadable pairs that is skipped, judged after 200 samples.
-        crop: "squash" (the whole picture, stretched to a square), "center" (its middle) or "random_resized" (a part
-            of it, drawn from (seed, epoch, index)).
+        crop: "shortest" (the middle of the image), "longest" (all of it, on a canvas), "squash" (all of it, stretched
+            to a square) or "random_resized" (a part of it, drawn from (seed, epoch, index)).
+        interpolation: "bicubic" or "bilinear".
 
     Raises:
         ValueError: the source is empty, or an argument is out of its range.
@@ -118,12 +120,15 @@ class PairLoader:
         rank: int = 0,
         world_size: int = 1,
         max_bad_share: float = 0.01,
-        crop: str = "squash",
+        crop: str = "shortest",
+        interpolation: str = "bicubic",
     ) -> None:
         if len(source) == 0:
             raise ValueError("source must hold at least one image-text pair, got none")
         if crop not in CROPS:
             raise unknown("crop", crop, CROPS)
+        if interpolation not in INTERPOLATIONS:
+            raise unknown("interpolation", interpolation, INTERPOLATIONS)
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, world_size={world_size}), got {rank}")
         _require_positive(batch_size=batch_size, image_size=image_size, pictures_per_text=pictures_per_text)
@@ -138,7 +143,7 @@ class PairLoader:
         ):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {share}")
-        self.source, self.seed, self.crop = source, seed, crop
+        self.source, self.seed, self.crop, self.interpolation = source, seed, crop, interpolation
         self.batch_size, self.image_size, self.augment_text = batch_size, image_size, augment_text
         self.keyword_prob, self.template_prob = keyword_prob, template_prob
         self.pictures_per_text = pictures_per_text
@@ -181,7 +186,7 @@ class PairLoader:
         return self._batches(position, stopping)
 
     def _batches(self, position: int, stopping: Callable[[], bool]) -> Iterator[Batch]:
-        decoder = Decoder(self.source, self._decode_size, self.crop, self.seed)
+        decoder = Decoder(self.source, self._decode_size, self.crop, self.seed, self.interpolation)
         workers = self.num_workers
         decoding = Workers(decoder, workers, self.worker_timeout, stopping) if workers else Here(decoder)
         batch_size, image_size, augment_text = self.batch_size, self.image_size, self.augment_text

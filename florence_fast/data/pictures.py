@@ -1,5 +1,6 @@
 """Open pictures that strangers made: known formats only, a limit on their size, and always plain RGB."""
 
+import errno
 import io
 import os
 import stat
@@ -12,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 MAX_PIXELS = 89_478_485
 
 MAX_FILE_BYTES = 2**30  # an image of MAX_PIXELS takes less, even uncompressed with four channels of 16 bits
+LARGEST_FLOAT = 1e30  # of a grey value; rasters mark missing ones by the lowest float there is
 
 # Formats of photographs and drawings. Pillow also knows some that run other programs (PostScript): not these.
 FORMATS = {
@@ -67,7 +69,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     - ``I`` (grey integers of 32 bits): from a PNG or PGM file, which hold 16 bits, the upper 8 of these. From others it
       depends on the values: within 0..255 they are kept; within 0..65535 they are taken as 16 bits; else the smallest
       becomes black and the largest white.
-    - ``F`` (grey floats): within 0..1 they are multiplied by 255; beyond as ``I``. NaN and infinities become black.
+    - ``F`` (grey floats): within 0..1 they are multiplied by 255; beyond as ``I``. What marks missing values, NaN,
+      infinities and magnitudes over 1e30, becomes black and does not count.
     - All other modes: as ``Image.convert`` does.
 
     Raises:
@@ -77,7 +80,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image.load()
         return image
     if image.mode == "F" or image.mode.startswith("I"):
-        sixteen_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+        sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
         return _with_exif(Image.fromarray(_to_8_bits(np.asarray(image), sixteen_bits)).convert("RGB"), image)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -99,7 +102,7 @@ def _to_8_bits(values: np.ndarray, sixteen_bits: bool) -> np.ndarray:
     """Grey values of any number type as uint8; the rule is in `to_rgb`."""
     if sixteen_bits:
         return (values >> 8).astype(np.uint8)
-    finite = np.isfinite(values)
+    finite = np.abs(values) <= LARGEST_FLOAT
     used = values[finite] if finite.any() else np.zeros(1)
     low, high = float(used.min()), float(used.max())
     if low >= 0 and high <= 65535:
@@ -120,7 +123,10 @@ def _with_exif(converted: Image.Image, original: Image.Image) -> Image.Image:
 
 def _read_regular_file(path: str | os.PathLike[str]) -> bytes:
     """Read a whole file; a pipe or device, of which there may be no end, is refused before it is opened."""
-    found = os.stat(path)
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "no such image file", os.fspath(path)) from None
     if not stat.S_ISREG(found.st_mode):
         kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe, socket or device"
         raise ValueError(f"cannot read {path}: an image file was wanted, got a {kind}")

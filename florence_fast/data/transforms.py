@@ -13,75 +13,20 @@ import torch
 from PIL import Image
 
 from florence_fast.data.pictures import open_picture, to_rgb
+from florence_fast.data.resizing import INTERPOLATIONS, RESIZE_MODES, fit, resize
 from florence_fast.errors import unknown
 
 # Of CLIP's training data, and open_clip's default.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
-INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-RESIZE_MODES = ("shortest", "longest", "squash")
-MAX_BETWEEN = 2**24  # pixels
 CROP_SCALE = (0.9, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
 
-def to_array(image: Image.Image) -> np.ndarray:
-    """An RGB image as uint8 (3, H, W), contiguous."""
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-def resize(
-    image: Image.Image, size: tuple[int, int], resample: int, box: tuple[float, float, float, float] | None = None
-) -> Image.Image:
-    """Resize the part ``box`` (left, top, right, bottom) of an image to (H, W), as Pillow does, in little memory.
-
-    Older Pillows resize across first, so 1 x 1,000,000 pixels would become 224 x 1,000,000 before they shrink. Where
-    that takes over 2**24 pixels, and fewer the other way round, the image is resized downwards first.
-    """
-    height, width = size
-    left, top, right, bottom = box or (0, 0, image.width, image.height)
-    if (left, top, right, bottom) == (0, 0, width, height) and image.size == (width, height):
-        return image
-    if width * (bottom - top) > max(MAX_BETWEEN, height * (right - left)):
-        image = image.resize((image.width, height), resample, box=(0, top, image.width, bottom))
-        top, bottom = 0, height
-    return image.resize((width, height), resample, box=(left, top, right, bottom))
-
-
-def squash(image: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC) -> Image.Image:
-    """Resize to (H, W) whatever the proportions; an image of that size is returned as it is."""
-    return resize(image, size, resample)
-
-
-def fit_shortest(image: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC) -> Image.Image:
-    """Resize so that (H, W) is just covered, and cut out the middle.
-
-    Where the whole resized image would have over 2**24 pixels (it is very long), only the middle is resized.
-    """
-    height, width = size
-    if image.width * height <= image.height * width:
-        scaled = width, int(width * image.height / image.width)
-    else:
-        scaled = int(height * image.width / image.height), height
-    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
-    if scaled[0] * scaled[1] <= MAX_BETWEEN:
-        return resize(image, scaled[::-1], resample).crop((left, top, left + width, top + height))
-    across, down = image.width / scaled[0], image.height / scaled[1]
-    right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
-    return resize(image, size, resample, (left * across, top * down, right, bottom))
-
-
-def fit_longest(
-    image: Image.Image, size: tuple[int, int], resample: int = Image.Resampling.BICUBIC, fill: int = 0
-) -> Image.Image:
-    """Resize so that the whole image just fits into (H, W), in the middle of a canvas of one grey."""
-    height, width = size
-    scale = min(height / image.height, width / image.width)
-    scaled = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    canvas = Image.new("RGB", (width, height), (fill, fill, fill))
-    canvas.paste(resize(image, scaled[::-1], resample), ((width - scaled[0]) // 2, (height - scaled[1]) // 2))
-    return canvas
+def to_array(pixels: np.ndarray) -> np.ndarray:
+    """Channels first: uint8 (H, W, 3) as (3, H, W), contiguous."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def random_crop_box(
@@ -134,17 +79,13 @@ class ImageTransform:
             TypeError: it is an array, a tensor or something else.
             ValueError, OSError: the file or image cannot be read.
         """
-        image, resample = _rgb_of(image), INTERPOLATIONS[self.interpolation]
+        image = _rgb_of(image)
         if self.is_train:
             box = random_crop_box(image.width, image.height, torch.rand(4).tolist(), self.scale, self.ratio)
-            image = resize(image, self.size, resample, box)
-        elif self.resize_mode == "squash":
-            image = squash(image, self.size, resample)
-        elif self.resize_mode == "longest":
-            image = fit_longest(image, self.size, resample, self.fill_color)
+            pixels_HWC = resize(image, self.size, self.interpolation, box)
         else:
-            image = fit_shortest(image, self.size, resample)
-        x_CHW = torch.from_numpy(to_array(image)).float().div_(255)
+            pixels_HWC = fit(image, self.size, self.resize_mode, self.interpolation, self.fill_color)
+        x_CHW = torch.from_numpy(to_array(pixels_HWC)).float().div_(255)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (x_CHW - mean) / std
 

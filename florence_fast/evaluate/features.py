@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from florence_fast.data.loader import JUDGED_AFTER, BadDataError
 from florence_fast.data.pairs import PairSource, Subset
@@ -125,8 +125,8 @@ def with_texts(source: PairSource, max_bad_share: float = 0.01) -> tuple[PairSou
 def evaluation_transform(model: nn.Module, size: int | None = None) -> ImageTransform:
     """Return the transform that the model's configuration asks for, with its size unless another is given."""
     config = model.config
-    size = size or config.image.img_size
-    return image_transform(size, is_train=False, mean=config.image_mean, std=config.image_std)
+    size, mean, std = size or config.image.img_size, config.image_mean, config.image_std
+    return image_transform(size, False, mean, std, config.resize_mode, config.interpolation)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from florence_fast.checks import number, positive, sequence, whole
+from florence_fast.data.resizing import INTERPOLATIONS, RESIZE_MODES
 from florence_fast.errors import unknown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -162,6 +163,9 @@ class FlorenceConfig(_Config):
 
     ``logit_scale_kind`` says what the parameter holds: ``"log"`` its logarithm, as open_clip has it, or ``"plain"``
     the factor itself. ``max_logit_scale`` bounds the factor; None leaves it free.
+
+    ``resize_mode`` says how an image becomes a square, in training and in evaluation: "shortest" (its middle),
+    "longest" (all of it, on a canvas) or "squash" (all of it, stretched); ``interpolation`` is "bicubic" or "bilinear".
     """
 
     image: ImageConfig
@@ -170,6 +174,8 @@ class FlorenceConfig(_Config):
     logit_scale_kind: str = "log"
     image_mean: tuple[float, ...] = IMAGENET_MEAN
     image_std: tuple[float, ...] = IMAGENET_STD
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
     init_logit_scale: float = 1 / 0.07
     max_logit_scale: float | None = 100.0
 
@@ -179,6 +185,9 @@ class FlorenceConfig(_Config):
                 raise ValueError(f"{name} must be a {kind.__name__}, got {type(getattr(self, name)).__name__}")
         if self.logit_scale_kind not in ("log", "plain"):
             raise unknown("logit_scale_kind", self.logit_scale_kind, ("log", "plain"))
+        for name, known in (("resize_mode", RESIZE_MODES), ("interpolation", tuple(INTERPOLATIONS))):
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
         if self.image.num_classes:
             raise ValueError(f"a tower of Florence has no classifier, got image.num_classes={self.image.num_classes}")
         _set(self, "embed_dim", whole("embed_dim", self.embed_dim, 1, _LARGEST_WIDTH))

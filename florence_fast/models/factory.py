@@ -35,12 +35,14 @@ _OVERRIDES = {
     "force_context_length": ("text", "context_length"),
     "image_mean": ("", "image_mean"),
     "image_std": ("", "image_std"),
+    "image_resize_mode": ("", "resize_mode"),
+    "image_interpolation": ("", "interpolation"),
 }
 # fields in which weights may differ from the named configuration and still be that model's
 _FREE = {
     "image": {"img_size", "window_size", "drop_path_rate", "num_classes"},
     "text": {"context_length"},
-    "": {"image_mean", "image_std", "init_logit_scale", "max_logit_scale"},
+    "": {"image_mean", "image_std", "resize_mode", "interpolation", "init_logit_scale", "max_logit_scale"},
 }
 
 
@@ -92,7 +94,8 @@ def create_model(
         output_fmt: with ``features_only``, "NCHW" or "NHWC".
         output_dict: a dual encoder returns a dict instead of a tuple.
         overrides: img_size (force_image_size), window_size, in_chans, drop_path_rate, num_classes (towers),
-            context_length (force_context_length), image_mean, image_std.
+            context_length (force_context_length), image_mean, image_std, image_resize_mode ("shortest", "longest",
+            "squash"), image_interpolation ("bicubic", "bilinear").
 
     Returns:
         `Florence` for a dual encoder, an `ImageTower` for a tower, a `FeatureExtractor` with ``features_only``; in
@@ -235,7 +238,8 @@ def transform_of(model: nn.Module, is_train: bool) -> Callable[[Any], Tensor]:
 
     config = (model.tower if isinstance(model, FeatureExtractor) else model).config
     if isinstance(config, FlorenceConfig):
-        return image_transform(config.image.img_size, is_train, config.image_mean, config.image_std)
+        size, mean, std = config.image.img_size, config.image_mean, config.image_std
+        return image_transform(size, is_train, mean, std, config.resize_mode, config.interpolation)
     return image_transform(config.img_size, is_train, IMAGENET_MEAN, IMAGENET_STD)
 
 

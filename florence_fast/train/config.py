@@ -117,7 +117,9 @@ class TrainConfig:
         ema_decay: keep a moving average of the weights; None keeps none.
         max_skipped_steps: steps in a row that may be skipped for NaN or Inf before the run is stopped.
         deterministic: use torch's deterministic algorithms; None does so on a CPU.
-        keyword_prob, template_prob, pictures_per_text, crop, cache, num_workers, worker_timeout, max_bad_share:
+        crop: what a sample shows of its image, as for `PairLoader`; None takes the model's ``config.resize_mode``. Any
+            other than "random_resized" also becomes the model's, so that its evaluation sees what it was trained on.
+        keyword_prob, template_prob, pictures_per_text, cache, num_workers, worker_timeout, max_bad_share:
             passed to `PairLoader`.
         log_every_n_steps: length of an interval: one line, one record, one call of `on_interval`.
         save_every_steps: steps between checkpoints; None saves at the end and on a signal only.
@@ -153,7 +155,7 @@ class TrainConfig:
     keyword_prob: float = 0.3
     template_prob: float = 0.5
     pictures_per_text: int = 1
-    crop: str = "squash"
+    crop: str | None = None
     cache: bool = True
     num_workers: int = 0
     worker_timeout: float = 300.0

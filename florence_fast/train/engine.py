@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from florence_fast.data.loader import Batch, PairLoader
+from florence_fast.models.config import FlorenceConfig
 from florence_fast.models.factory import cast_weights
 from florence_fast.models.saving import CONFIG_KEY
 from florence_fast.precision import check_same_weights, choose_precision, gradient_scaler, is_pure, resolve_precision
@@ -114,9 +115,10 @@ class Trainer:
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
         self.samples_per_epoch = len(source)
+        model.config = _with_resize_mode(model.config, config.crop)
         self.data = describe_data(source)
         require_equal_on_ranks({"config": config.to_dict(), "model": describe_model(model), "data": self.data})
-        self.loader = _create_loader(source, config)
+        self.loader = _create_loader(source, config, model.config)
         self.contrastive_step = ContrastiveStep(model, tokenizer, config, augment)
         self.masters = MasterWeights(model, config.precision)
         self.optimizer = create_optimizer(model, config, self.masters)
@@ -490,7 +492,14 @@ class Trainer:
         set_rng_state(state["rng"], self.generators)
 
 
-def _create_loader(source: Any, config: TrainConfig) -> PairLoader:
+def _with_resize_mode(model_config: FlorenceConfig, crop: str | None) -> FlorenceConfig:
+    """Let the model's evaluation resize images as its training does; a random part says nothing about that."""
+    if crop in (None, "random_resized"):
+        return model_config
+    return replace(model_config, resize_mode="shortest" if crop == "center" else crop)
+
+
+def _create_loader(source: Any, config: TrainConfig, model_config: FlorenceConfig) -> PairLoader:
     return PairLoader(
         source,
         batch_size=config.batch_size,
@@ -505,5 +514,6 @@ def _create_loader(source: Any, config: TrainConfig) -> PairLoader:
         rank=rank(),
         world_size=world_size(),
         max_bad_share=config.max_bad_share,
-        crop=config.crop,
+        crop=config.crop or model_config.resize_mode,
+        interpolation=model_config.interpolation,
     )

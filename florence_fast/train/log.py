@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from tqdm.utils import ObjectWrapper
 
 from florence_fast.files import write_text

@@ -10,15 +10,18 @@ import json
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import florence_fast as ff
 from florence_fast.compat import clip_benchmark
 from florence_fast.compat import open_clip as compat
 from florence_fast.compat.open_clip import ClipLoss, SigLipLoss, names
+from florence_fast.evaluate.features import evaluation_transform
 from florence_fast.train.loss import ContrastiveLoss
 from tests.compat import third_party
 
@@ -171,11 +174,21 @@ def test_weights_that_are_not_wanted_are_not_loaded():
 
 @pytest.mark.parametrize(
     "keyword, value",
-    [("jit", True), ("force_quick_gelu", True), ("pretrained_image", True), ("image_resize_mode", "squash")],
+    [("jit", True), ("force_quick_gelu", True), ("pretrained_image", True), ("force_patch_dropout", 0.5)],
 )
 def test_a_keyword_that_a_model_of_ours_cannot_follow_is_refused(keyword, value):
     with pytest.raises(ValueError, match=f"{keyword}={value!r} is open_clip's"):
         ff.create_model_and_transforms("florence_nano", **{keyword: value})
+
+
+def test_the_way_of_resizing_is_the_models_and_its_transforms_follow():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8))
+    for keywords in ({}, {"image_resize_mode": "squash", "image_interpolation": "bilinear"}):
+        model, _, transform = ff.create_model_and_transforms("florence_nano", **keywords)
+        given = dict(zip(("resize_mode", "interpolation"), keywords.values(), strict=False))
+        wanted = ff.image_transform(64, False, 0.5, 0.25, **given)
+        assert torch.equal(transform(image), wanted(image))
+        assert torch.equal(evaluation_transform(model)(image), wanted(image))
 
 
 @pytest.mark.parametrize(

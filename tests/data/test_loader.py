@@ -15,6 +15,7 @@ from florence_fast.data.labels import text_label
 from florence_fast.data.loader import BadDataError, Batch, PairLoader
 from florence_fast.data.pairs import open_pairs
 from florence_fast.data.prompts import TRAIN_TEMPLATES
+from florence_fast.data.transforms import image_transform
 from tests.data.conftest import ListPairs
 
 Build = Callable[..., ListPairs]
@@ -70,6 +71,16 @@ def test_a_position_equals_skipping(list_pairs: Build, crop: str, grouped: int) 
     options = dict(crop=crop, pictures_per_text=grouped)
     straight = take(load(list_pairs(40, names=9), **options), 12)
     assert_equal(take(load(list_pairs(40, names=9), **options), 7, position=5 * 7), straight[5:])
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("crop", ["shortest", "longest", "squash"])
+def test_training_sees_what_evaluation_sees(list_pairs: Build, crop: str, interpolation: str) -> None:
+    source = list_pairs(7)
+    (batch,) = take(load(source, crop=crop, interpolation=interpolation), 1)
+    transform = image_transform(8, False, mean=0.0, std=1.0, resize_mode=crop, interpolation=interpolation)
+    for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+        assert torch.equal(image / 255, transform(source.image(index)))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -249,6 +260,7 @@ def test_a_source_of_which_nothing_can_be_read_stops_the_run(list_pairs: Build) 
         (dict(keyword_prob=1.5), r"keyword_prob must lie in \[0, 1\], got 1.5"),
         (dict(max_bad_share=-0.1), r"max_bad_share must lie in \[0, 1\]"),
         (dict(crop="centre"), r"unknown crop 'centre' \(did you mean 'center'\?\)"),
+        (dict(interpolation="cubic"), "unknown interpolation 'cubic'"),
     ],
 )
 def test_bad_arguments_are_refused(list_pairs: Build, options: dict, message: str) -> None:

@@ -61,6 +61,7 @@ def test_sixteen_bits_in_any_container_keep_their_upper_eight(data: bytes) -> No
         (np.array([[-1000, 0, 3000]], np.float32), [0, 64, 255]),
         (np.array([[0.0, np.nan, np.inf, 1]], np.float32), [0, 0, 0, 255]),
         (np.array([[np.nan, -np.inf]], np.float32), [0, 0]),
+        (np.array([[np.finfo(np.float32).min, -10, 10]], np.float32), [0, 0, 255]),
         (np.array([[0, 7, 255]], np.int32), [0, 7, 255]),
         (np.array([[-1000, 0, 3000]], np.int32), [0, 64, 255]),
         (np.array([[0, 2**30, 2**31 - 1]], np.int32), [0, 128, 255]),
@@ -69,6 +70,10 @@ def test_sixteen_bits_in_any_container_keep_their_upper_eight(data: bytes) -> No
 )
 def test_32_bit_values_are_scaled_by_their_range(values: np.ndarray, grey: list[int]) -> None:
     assert np.asarray(to_rgb(Image.fromarray(values)))[0, :, 1].tolist() == grey
+
+
+def test_a_float_map_is_no_16_bit_pgm() -> None:
+    assert open_picture(b"Pf 2 1 -1.0\n" + np.array([0, 1], "<f4").tobytes()).getpixel((1, 0)) == (255, 255, 255)
 
 
 def test_a_dark_16_bit_pgm_stays_dark() -> None:

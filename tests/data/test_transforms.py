@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from florence_fast.data import transforms
 from florence_fast.data.transforms import OPENAI_MEAN, OPENAI_STD, image_transform, random_crop_box
 
 
@@ -100,63 +99,6 @@ def test_crop_boxes_reach_every_edge() -> None:
 def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         image_transform(is_train=True, **arguments)
-
-
-@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-@pytest.mark.parametrize("size", [(1, 300_000), (300_000, 1), (3, 300_000)])
-@pytest.mark.parametrize("is_train", [False, True])
-def test_thin_images_take_little_memory(
-    monkeypatch: pytest.MonkeyPatch, mode: str, size: tuple[int, int], is_train: bool
-) -> None:
-    limit, between = 2**20, []
-    monkeypatch.setattr(transforms, "MAX_BETWEEN", limit)
-    plain = Image.Image.resize
-
-    def watched(image: Image.Image, to: tuple[int, int], resample: int, box: tuple[float, ...]) -> Image.Image:
-        between.append(to[0] * (box[3] - box[1]))
-        return plain(image, to, resample, box=box)
-
-    monkeypatch.setattr(Image.Image, "resize", watched)
-    x = image_transform(64, is_train, resize_mode=mode)(Image.new("RGB", size, (200, 10, 60)))
-    assert x.shape == (3, 64, 64) and max(between) <= limit
-    if mode != "longest" or is_train:
-        assert np.array_equal(np.unique(pixels(x).reshape(3, -1), axis=1)[:, 0], [200, 10, 60])
-
-
-def middle(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The definition: resize so that the image just covers the result, then cut the middle out."""
-    height, width = size
-    if image.width * height <= image.height * width:
-        scaled = width, int(width * image.height / image.width)
-    else:
-        scaled = int(height * image.width / image.height), height
-    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
-    whole = image.resize(scaled, Image.Resampling.BICUBIC)
-    return np.asarray(whole.crop((left, top, left + width, top + height))).astype(int)
-
-
-@pytest.mark.parametrize("size", [(640, 480), (333, 500), (97, 101), (40, 1000), (50, 64), (224, 300)])
-@pytest.mark.parametrize("wanted", [(64, 64), (48, 80)])
-def test_the_middle_of_a_long_image_alone_has_the_values_that_it_has_in_the_whole(
-    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], wanted: tuple[int, int]
-) -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-    assert np.array_equal(transforms.fit_shortest(noise, wanted), middle(noise, wanted))
-    # Without noise: overshoot, cut off between the two passes, depends on which of them Pillow takes first.
-    smooth = noise.resize((5, 5)).resize(size, Image.Resampling.BICUBIC)
-    monkeypatch.setattr(transforms, "MAX_BETWEEN", 1000)
-    assert np.abs(transforms.fit_shortest(smooth, wanted) - middle(smooth, wanted)).max() <= 1
-
-
-def test_resizing_downwards_first_changes_no_more_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    columns, rows = np.meshgrid(np.arange(30), np.arange(900))
-    smooth = (127 + 120 * np.sin(rows / 90 + columns / 7)).astype(np.uint8)
-    image = Image.fromarray(np.repeat(smooth[:, :, None], 3, axis=2))
-    box = (2.5, 10.25, 28.0, 800.0)
-    usual = transforms.resize(image, (40, 50), Image.Resampling.BICUBIC, box)
-    monkeypatch.setattr(transforms, "MAX_BETWEEN", 1000)
-    other = transforms.resize(image, (40, 50), Image.Resampling.BICUBIC, box)
-    assert np.abs(np.asarray(usual).astype(int) - np.asarray(other)).max() <= 1
 
 
 def test_a_path_is_opened(tmp_path: Path) -> None:

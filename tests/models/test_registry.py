@@ -70,6 +70,16 @@ def test_every_model_is_built_and_its_config_survives_json(name):
     assert not list(model.buffers())
 
 
+def test_an_older_config_keeps_the_way_in_which_images_were_resized():
+    config = get_model_config("florence_nano")
+    older = {key: value for key, value in config.to_dict().items() if key not in ("resize_mode", "interpolation")}
+    assert FlorenceConfig.from_dict(older) == config
+    assert (config.resize_mode, config.interpolation) == ("shortest", "bicubic")
+    for key, value in {"resize_mode": "center", "interpolation": "nearest"}.items():
+        with pytest.raises(ValueError, match=f"unknown {key} {value!r}"):
+            FlorenceConfig.from_dict({**older, key: value})
+
+
 def test_a_model_made_on_the_meta_device_is_drawn_afterwards():
     with torch.device("meta"):
         model = build_model(get_model_config("florence_nano"))

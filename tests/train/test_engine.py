@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,18 @@ def test_the_weights_for_use_are_the_average_and_load_by_themselves(pairs: Path,
     for name, parameter in loaded.named_parameters():
         torch.testing.assert_close(parameter, trainer.ema.average[name], rtol=0, atol=0)
     assert not torch.equal(loaded.image_projection.weight, trainer.model.image_projection.weight)
+
+
+@pytest.mark.parametrize(
+    ("crop", "resize_mode"), [(None, "longest"), ("random_resized", "longest"), ("squash", "squash")]
+)
+def test_training_and_evaluation_resize_in_one_way(pairs: Path, tmp_path: Path, crop: str, resize_mode: str) -> None:
+    model = tiny_model()
+    model.config = replace(model.config, resize_mode="longest", interpolation="bilinear")
+    trainer = tiny_trainer(pairs, tmp_path, **_stage(1), model=model, crop=crop)
+    assert (trainer.loader.crop, trainer.loader.interpolation) == (crop or resize_mode, "bilinear")
+    loaded = Florence.from_pretrained(Path(trainer.run()["checkpoint"]).with_suffix(".safetensors"))
+    assert loaded.config.resize_mode == model.config.resize_mode == resize_mode
 
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_bf16", "amp", "bf16"])

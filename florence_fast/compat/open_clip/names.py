@@ -38,8 +38,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "force_patch_dropout": (None,),
     "force_preprocess_cfg": (None,),
     "force_quick_gelu": (False,),
-    "image_interpolation": (None, "bicubic"),
-    "image_resize_mode": (None, "shortest"),
     "jit": (False,),
     "pretrained_image": (False,),
     "pretrained_image_path": (None,),
