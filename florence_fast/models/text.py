@@ -22,6 +22,7 @@ from florence_fast.models.layers import (
     linear,
     quieten_branches,
 )
+from florence_fast.ops.linear import product
 from florence_fast.ranges import annotate
 
 
@@ -43,8 +44,8 @@ class CausalAttention(nn.Module):
         """Map (B, N, W) to (B, N, W), adding ``mask`` (N, N) to the scores."""
         qkv = ops.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, N, 3W)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)  # each (B h, N, d)
-        scores = torch.baddbmm(mask, q * q.shape[-1] ** -0.5, k.mT)  # (B h, N, N)
-        out = scores.softmax(-1).to(v.dtype) @ v
+        scores = product(q * q.shape[-1] ** -0.5, k.mT, mask)  # (B h, N, N)
+        out = product(scores.softmax(-1).to(v.dtype), v)
         return linear(self.out_proj, out.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2))
 
 

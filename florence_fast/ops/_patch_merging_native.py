@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
+from florence_fast.ops._product import linear_into, matmul_into, matmul_over_rows, widens
 
 CHUNK_BYTES = 4 << 20
 """How many bytes of the 4C tensor are worked on at a time."""
@@ -27,7 +28,7 @@ def patch_merging_fwd(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight:
     rows = _Rows(x, CHUNK_BYTES)
     for start, stop in rows.chunks():
         norm = rows.normalise(x, start, stop, norm_weight, norm_bias, eps)
-        torch.mm(norm, weight.T, out=out.view(-1, len(weight))[start:stop])
+        linear_into(out.view(-1, len(weight))[start:stop], norm, weight)
     return out
 
 
@@ -53,10 +54,10 @@ def patch_merging_bwd(
     for start, stop in rows.chunks():
         grad, norm = grad_MC[start:stop], rows.normalise(x, start, stop, norm_weight, norm_bias, eps)
         if needs_weight:
-            d_weight = _add(d_weight, grad.T @ norm)
+            d_weight = _add(d_weight, matmul_over_rows(grad, norm))
         if needs_x or needs_norm:
             # The norm is not needed any more: its gradient takes its memory, which the caches hold.
-            torch.mm(grad, weight, out=norm)
+            matmul_into(norm, grad, weight)
             part = x.new_empty(2, len(norm_weight), dtype=torch.float32) if needs_norm else None
             rows.backward(norm, x, start, stop, norm_weight, dx, part)
             d_norm = _add(d_norm, part)
@@ -113,4 +114,6 @@ def _merged_shape(x: Tensor) -> torch.Size:
 
 def _operands(x: Tensor, weight: Tensor, *norm_parameters: Tensor) -> tuple[Tensor, ...]:
     """Give the map and the product's weight in the dtype of the map, the norm's parameters as the kernels read them."""
-    return x.contiguous(), weight.to(x.dtype), *(p.detach().float().contiguous() for p in norm_parameters)
+    weight = weight.to(x.dtype)
+    weight = weight.float() if widens(x) else weight  # once, and not for every chunk
+    return x.contiguous(), weight, *(p.detach().float().contiguous() for p in norm_parameters)

@@ -3,10 +3,14 @@
 PyTorch sends float32 products to MKL. oneDNN's product, which torch.compile takes on CPUs, is there in eager mode too.
 Which of the two is faster depends on the processor, so `onednn_is_faster` holds a fixed rule for each kind: the library
 is the same in every process of a machine, and so are the bits. ``python -m bench.products`` measures both.
+
+Where the processor has no units for a 16-bit format, PyTorch multiplies it one number at a time, 100 times as slowly as
+float32. Such operands are widened to float32, some rows at a time, and the product is rounded once.
 """
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,8 +41,42 @@ def onednn_is_faster(dtype: torch.dtype) -> bool:
     return (processor.vendor(), torch.backends.cpu.get_cpu_capability()) in ONEDNN_IN_FLOAT32
 
 
+_FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_CHUNK_BYTES = 4 << 20
+_LONG_CHUNK_BYTES = 16 << 20  # where every chunk adds to the whole gradient of a weight
+
+
+def widens(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Say whether products of ``x``, or of another dtype beside it, run in float32 because 16 bits would be slow."""
+    format = _FORMATS.get(x.dtype if dtype is None else dtype)
+    return format is not None and x.is_cpu and _lacks_units(format)
+
+
+def _lacks_units(format: str) -> bool:
+    return not processor.units(format).fast
+
+
+_lacks_units._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
+
+
+def widened(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the tensors in float32."""
+    return tuple(None if tensor is None else tensor.float() for tensor in tensors)
+
+
+def chunks(rows: int, width: int, long: bool = False) -> Iterator[slice]:
+    """Walk over rows whose widest float32 form has ``width`` columns; no rows are one empty chunk."""
+    step = max(64, (_LONG_CHUNK_BYTES if long else _CHUNK_BYTES) // (4 * width))
+    for start in range(0, max(rows, 1), step):
+        yield slice(start, min(start + step, rows))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x weight^T + bias``: x (..., K), weight (N, K), bias (N,)."""
+    if widens(x):
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        linear_into(out.view(-1, len(weight)), x.reshape(-1, x.shape[-1]), weight, bias)
+        return out
     if _suits_onednn(x, weight) and (bias is None or bias.dtype == x.dtype):
         return _onednn(x.contiguous(), weight, bias)
     return F.linear(x, weight, bias)
@@ -46,7 +84,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """Write ``x weight^T + bias`` to ``out``; x in two dimensions."""
-    if x.dtype == torch.float32 and _suits_onednn(x, weight):
+    if widens(x):
+        weight, bias = widened(weight, bias)
+        for rows in chunks(len(x), max(weight.shape)):
+            out[rows] = linear(x[rows].float(), weight, bias)
+    elif x.dtype == torch.float32 and _suits_onednn(x, weight):
         out.copy_(linear(x, weight, bias))  # a copy of what the caches hold costs less than MKL's product
     elif bias is None:
         torch.mm(x, weight.T, out=out)
@@ -56,12 +98,31 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a b``: (M, K) and (K, N)."""
+    if widens(a):
+        out, b = a.new_empty(len(a), b.shape[1]), b.float()
+        for rows in chunks(len(a), max(b.shape)):
+            out[rows] = matmul(a[rows].float(), b)
+        return out
     # In bfloat16 a plain product is oneDNN's already, and reads either operand transposed at no cost.
     return _onednn(a, b.T, None) if a.dtype == torch.float32 and _suits_onednn(a, b) else a @ b
 
 
+def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Write ``a b`` to ``out``."""
+    if widens(a):
+        out.copy_(matmul(a, b))
+    else:
+        torch.mm(a, b, out=out)
+
+
 def matmul_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a^T b``: (R, M) and (R, N), the product of the gradient of a weight."""
+    if widens(a):
+        total = None
+        for rows in chunks(len(a), max(a.shape[1], b.shape[1]), long=True):
+            term = matmul_over_rows(a[rows].float(), b[rows].float())
+            total = term if total is None else total.add_(term)
+        return total.to(a.dtype)
     return weight_by_onednn(a, b) if a.dtype == torch.float32 and _suits_onednn(a, b) else a.T @ b
 
 

@@ -11,11 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from florence_fast.ops._product import widened, widens
+
 
 def window_attention_partitioned_fwd(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, train: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the result and, if ``train``, the probabilities (B*M, h, N, N) in the dtype of q."""
+    if widens(q):
+        out, probs = window_attention_partitioned_fwd(*widened(q, k, v), bias, mask, scale, train)
+        return out.to(q.dtype), probs.to(q.dtype)
     q, k, v = (x.contiguous() for x in (q, k, v))
     added = _added_to_scores(bias, mask, q.dtype)
     if not train:
@@ -39,6 +44,10 @@ def window_attention_partitioned_bwd(
     scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of q, k, v, bias and mask, None where ``needs`` is false."""
+    if widens(q):
+        wide, kept = widened(grad_out, q, k, v), probs.float()
+        grads = window_attention_partitioned_bwd(*wide, bias, mask, kept, needs, scale)
+        return *(None if grad is None else grad.to(q.dtype) for grad in grads[:3]), *grads[3:]
     needs_q, needs_k, needs_v, needs_bias, needs_mask = needs
     d_scores = torch._softmax_backward_data(grad_out @ v.mT, probs, -1, probs.dtype)
     d_mask = None

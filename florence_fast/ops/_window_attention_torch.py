@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from florence_fast.ops._product import widens
 from florence_fast.ops._windows import (
     MAX_LOG_SCALE,
     Cut,
@@ -146,8 +147,8 @@ def _compute_dtype(qkv: Tensor, cut: Cut, logit_scale: Tensor | None) -> torch.d
     """
     if qkv.dtype not in (torch.bfloat16, torch.float16):
         return qkv.dtype
-    slow_on_cpu = qkv.device.type == "cpu" and (
-        12 <= cut.num_tokens < 32 or cut.num_tokens == 1 or qkv.dtype == torch.float16
+    slow_on_cpu = widens(qkv) or (
+        qkv.device.type == "cpu" and (12 <= cut.num_tokens < 32 or cut.num_tokens == 1 or qkv.dtype == torch.float16)
     )
     return torch.float32 if slow_on_cpu or logit_scale is not None else qkv.dtype
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from florence_fast.ops import _backend
+from florence_fast.ops.linear import convolution
 from florence_fast.ranges import annotated
 
 
@@ -190,12 +191,15 @@ def _conv_embed_torch(
     # The permuted view of a channels-last map is what convolutions call channels_last: nothing is copied.
     maps = x.movedim(-1, 1).contiguous(memory_format=layout)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    out = convolve(maps, weight, bias, stride, padding).movedim(1, -1)
+    out = convolution(convolve, maps, weight, bias, stride, padding).movedim(1, -1)
     return _norm(out, norm_weight, norm_bias, eps).contiguous()
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Normalise the channels of every token."""
+    if x.dtype != weight.dtype and not x.is_cpu and not torch.is_autocast_enabled(x.device.type):
+        # Only on a CPU does the library take float32 weights beside 16-bit rows.
+        return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 

@@ -4,6 +4,7 @@ CoSwin and the text tower call it for q, k, v and for the projections. It is no 
 anywhere but on a CPU in eager mode it is ``F.linear`` itself.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> linear(torch.randn(2, 49, 96), torch.randn(288, 96), torch.zeros(288)).shape
     torch.Size([2, 49, 288])
     """
-    if torch.compiler.is_compiling() or not _is_ours(x, weight, bias):
+    if torch.compiler.is_compiling():
+        return _compiled(x, weight, bias)
+    if not _is_ours(x, weight, bias):
         return F.linear(x, weight, bias)
     x, weight, bias = (None if t is None else _backend.autocast_input(t) for t in (x, weight, bias))
     with _backend.without_autocast("cpu"):
@@ -42,12 +45,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _Linear.apply(x, weight, bias) if needs_graph else _product.linear(x, weight, bias)
 
 
+def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+    """Return the batched product ``a b + added``: (B, M, K), (B, K, N) and what broadcasts to (B, M, N).
+
+    16-bit operands are widened where the processor has no units for them; PyTorch computes everything else.
+    """
+    dtype = _backend.autocast_dtype(a)
+    if not _product.widens(a, dtype):
+        return a @ b if added is None else torch.baddbmm(added, a, b)
+    with _backend.without_autocast("cpu"):
+        a, b = (x.to(dtype).float() for x in (a, b))
+        out = a @ b if added is None else torch.baddbmm(added.to(dtype).float(), a, b)
+        return out.to(dtype)
+
+
+def convolution(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    """Return ``convolve(x, weight, bias, *args)``, which is PyTorch's, of widened operands where 16 bits are slow."""
+    dtype = _backend.autocast_dtype(x)
+    if not _product.widens(x, dtype):
+        return convolve(x, weight, bias, *args)
+    with _backend.without_autocast("cpu"):
+        x, weight, bias = (None if t is None else t.to(dtype).float() for t in (x, weight, bias))
+        return convolve(x, weight, bias, *args).to(dtype)
+
+
+def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what the compiler sees: the library's product, of widened operands where 16 bits would be slow."""
+    dtype = _backend.autocast_dtype(x)
+    if not _product.widens(x, dtype):
+        return F.linear(x, weight, bias)
+    with _backend.without_autocast("cpu"):
+        x, weight, bias = (None if t is None else t.to(dtype).float() for t in (x, weight, bias))
+        return F.linear(x, weight, bias).to(dtype)
+
+
 def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Say whether this is a product of plain matrices on a CPU; the library computes, or refuses, everything else."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         x.is_cpu
-        and x.dtype in _product.DTYPES
+        and (x.dtype in _product.DTYPES or _product.widens(x))
         and all(type(t) in (Tensor, Parameter) for t in tensors)
         and x.numel() > 0
         and weight.numel() > 0
@@ -69,8 +106,9 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows, grad = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
-        return (
-            _product.matmul(grad, weight).view(x.shape) if needs_x else None,
-            _product.matmul_over_rows(grad, rows) if needs_weight else None,
-            grad.sum(0) if needs_bias else None,
-        )
+        with _backend.without_autocast("cpu"):  # which is in force where backward is called inside its region
+            return (
+                _product.matmul(grad, weight).view(x.shape) if needs_x else None,
+                _product.matmul_over_rows(grad, rows) if needs_weight else None,
+                grad.sum(0) if needs_bias else None,
+            )

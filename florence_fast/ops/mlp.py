@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from florence_fast import native
 from florence_fast.errors import unknown
 from florence_fast.ops import _backend, _mlp_native, _mlp_torch
-from florence_fast.ops._product import linear, matmul, matmul_over_rows
+from florence_fast.ops._product import chunks, linear, matmul, matmul_over_rows, widened, widens
 
 Sizes = tuple[int, ...]
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -161,6 +161,8 @@ def _forward(
     train: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if widens(x):
+        return _forward_widened(x, weight1, bias1, weight2, bias2, activation=activation, train=train, backend=backend)
     if backend == "cpp" and not train:
         return _mlp_native.mlp_fwd(x, weight1, bias1, weight2, bias2, activation), x.new_empty(0)
     in_kernel = backend != "torch"
@@ -168,6 +170,21 @@ def _forward(
     out = _implementation(backend).bias_activation_fwd(hidden, bias1 if in_kernel else None, activation, not train)
     out = linear(out, weight2, bias2).view(*x.shape[:-1], weight2.shape[0])
     return out, hidden if train else x.new_empty(0)
+
+
+def _forward_widened(
+    x: Tensor, *weights_and_biases: Tensor | None, activation: str, train: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Run `_forward` in float32, some rows at a time, and round what it gives."""
+    wide, rows = widened(*weights_and_biases), x.reshape(-1, x.shape[-1])
+    weight1, _, weight2, _ = wide
+    out = x.new_empty(len(rows), len(weight2))
+    kept = x.new_empty(len(rows) if train else 0, len(weight1))
+    for part in chunks(len(rows), len(weight1)):
+        out[part], hidden = _forward(rows[part].float(), *wide, activation, train, backend)
+        if train:
+            kept[part] = hidden
+    return out.view(*x.shape[:-1], len(weight2)), kept if train else x.new_empty(0)
 
 
 def _forward_fake(
@@ -191,6 +208,9 @@ def _backward(
     train: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if widens(x):
+        tensors = (grad_out, x, weight1, bias1, weight2, bias2, hidden)
+        return _backward_widened(*tensors, needs=needs, activation=activation, train=train, backend=backend)
     needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = needs
     implementation, inner_bias = _implementation(backend), None if backend == "torch" else bias1
     g, rows = grad_out.view(-1, weight2.shape[0]), x.reshape(-1, x.shape[-1])
@@ -209,6 +229,24 @@ def _backward(
         g.sum(0) if needs_bias2 else None,
     )
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_widened(
+    grad_out: Tensor, x: Tensor, *tensors: Tensor | None, needs: list[bool], activation: str, train: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run `_backward` in float32, some rows at a time, add up and round."""
+    *weights_and_biases, hidden = tensors
+    wide, g, rows = widened(*weights_and_biases), grad_out.view(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
+    dx = x.new_empty(rows.shape if needs[0] else 0)
+    totals: list[Tensor] = []
+    for part in chunks(len(rows), hidden.shape[1], long=True):
+        d_part, *terms = _backward(
+            g[part].float(), rows[part].float(), *wide, hidden[part].float(), needs, activation, train, backend
+        )
+        if needs[0]:
+            dx[part] = d_part
+        totals = [total.add_(term) for total, term in zip(totals, terms, strict=True)] if totals else terms
+    return dx.view(x.shape) if needs[0] else dx, *(total.to(x.dtype) for total in totals)
 
 
 def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
