@@ -18,6 +18,7 @@ from torch import nn
 from florence_fast.compat import (
     hugging_face,
     hugging_face_v2,
+    leaves,
     microsoft_merging,
     microsoft_swin,
     monai,
@@ -77,7 +78,9 @@ def accelerate(
     Swin2SR, of timm's Swin, Swin-S3, Swin V2 and its other Swin V2 (``swinv2_cr_*``), of torchvision's Swin, Swin V2
     and Video Swin, of MONAI's Swin, and of what is laid out as Microsoft's. Outputs and gradients are the same to
     rounding. `restore` takes it back. Calls that the ops cannot serve go through the module's own forward:
-    ``output_attentions=True``, dropout of attention weights in training, q, k, v that LoRA has replaced since.
+    ``output_attentions=True``, dropout of attention weights in training, q, k, v that LoRA has replaced since. On a
+    processor without bf16 or fp16 units the plain products outside these layers (patch embedding, head) are widened to
+    float32 as well when they are 16 bits; the report does not list them.
 
     Args:
         model: any module; a layer itself as well. Best before torch.compile, which would compile again, and before
@@ -124,6 +127,7 @@ def accelerate(
     report = Report(swapped, already, skipped)
     if not swapped and not already:
         raise ValueError(_nothing_swapped(model, report))
+    leaves.swap(model, tuple(name for names in (swapped | already).values() for name in names))
     if verbose:
         print(report)
     return report
@@ -149,7 +153,7 @@ def restore(model: nn.Module) -> list[str]:
     changed = [(name, module) for name, module in model.named_modules() if _is_swapped(module)]
     if not changed:
         raise ValueError(f"nothing to restore: no layer of this {type(model).__name__} is accelerated")
-    for _, module in changed:
+    for module in (*(module for _, module in changed), *leaves.swapped_in(model)):
         del module.forward
     return [name for name, _ in changed]
 

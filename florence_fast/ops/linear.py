@@ -45,6 +45,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _Linear.apply(x, weight, bias) if needs_graph else _product.linear(x, weight, bias)
 
 
+def is_slow(x: Tensor) -> bool:
+    """Say whether the products of ``x`` are widened: in 16 bits, its own or autocast's, without units for them."""
+    return _product.widens(x, _backend.autocast_dtype(x)) and x.is_floating_point()
+
+
 def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """Return the batched product ``a b + added``: (B, M, K), (B, K, N) and what broadcasts to (B, M, N).
 
