@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from florence_fast.data._threads import one_thread_after_fork
 from florence_fast.data.pairs import PairSource
 from florence_fast.data.pictures import to_rgb
 from florence_fast.data.resizing import RESIZE_MODES, fit, resize
@@ -34,6 +35,7 @@ class Decoder:
     seed: int
     interpolation: str = "bicubic"
 
+    @one_thread_after_fork()
     def __call__(self, key: Key) -> np.ndarray | str:
         """Decode one picture, or say why that cannot be done."""
         index, epoch = key

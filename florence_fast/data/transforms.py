@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from florence_fast.data._threads import one_thread_after_fork
 from florence_fast.data.pictures import open_picture, to_rgb
 from florence_fast.data.resizing import INTERPOLATIONS, RESIZE_MODES, fit, resize
 from florence_fast.errors import unknown
@@ -72,6 +73,7 @@ class ImageTransform:
     scale: tuple[float, float] = CROP_SCALE
     ratio: tuple[float, float] = CROP_RATIO
 
+    @one_thread_after_fork()
     def __call__(self, image: Image.Image | str | os.PathLike[str]) -> torch.Tensor:
         """Transform one PIL image of any mode, or the file of one; random crops draw from torch's generator.
 

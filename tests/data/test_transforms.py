@@ -1,5 +1,6 @@
 """Transforms: sizes, crops and values as open_clip's."""
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,26 @@ def test_crop_boxes_reach_every_edge() -> None:
 def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         image_transform(is_train=True, **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_transforms_after_its_parent_has_used_threads() -> None:
+    def check() -> None:
+        image_transform(224, is_train=False)(Image.new("RGB", (600, 500)))
+        assert torch.get_num_threads() == 2
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.randn(1000, 1000).exp().sum()
+        child = multiprocessing.get_context("fork").Process(target=check)
+        child.start()
+        child.join(30)
+    finally:
+        torch.set_num_threads(before)
+    if child.is_alive():
+        child.kill()
+    assert child.exitcode == 0
 
 
 def test_a_path_is_opened(tmp_path: Path) -> None:
