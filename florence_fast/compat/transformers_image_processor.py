@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -40,9 +39,9 @@ class FlorenceFastImageProcessor(BaseImageProcessor):
         self.resize_mode, self.interpolation = resize_mode, interpolation
 
     def preprocess(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
-        """Turn one PIL picture or several into ``pixel_values``, (B, 3, size, size)."""
+        """Turn one PIL image, or the path of one, or a list of them into ``pixel_values``, (B, 3, size, size)."""
         mean, std = tuple(self.image_mean), tuple(self.image_std)
         transform = image_transform(self.size, False, mean, std, self.resize_mode, self.interpolation)
-        pictures = [images] if isinstance(images, Image.Image) else list(images)
+        pictures = list(images) if isinstance(images, list | tuple) else [images]
         pixels = torch.stack([transform(picture) for picture in pictures])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)

@@ -104,6 +104,8 @@ def image_transform(
 ) -> ImageTransform:
     """Build the transform of a model, with open_clip's arguments and values.
 
+    Values lie within 2 of 255 of those that torchvision gives for PIL images; data/resizing.py says where more.
+
     Args:
         image_size: side of the result, or (height, width), in pixels.
         is_train: a random crop in place of the whole picture.

@@ -52,6 +52,18 @@ def test_the_auto_classes_find_what_was_written(saved, picture):
     assert len(model(pixel_values=pixels, return_dict=False)) == 1
 
 
+def test_the_way_of_resizing_is_written_with_the_processor(picture, tmp_path):
+    transformers = pytest.importorskip("transformers")
+
+    register_with_transformers()
+    keywords = {"image_resize_mode": "longest", "image_interpolation": "bilinear"}
+    model, _, transform = ff.create_model_and_transforms("florence_nano", **keywords)
+    save_for_transformers(model, tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert (processor.resize_mode, processor.interpolation) == ("longest", "bilinear")
+    assert torch.equal(processor(picture).pixel_values[0], transform(picture))
+
+
 def test_a_new_model_from_a_configuration_draws_its_weights(saved):
     import transformers
 
@@ -63,13 +75,15 @@ def test_a_new_model_from_a_configuration_draws_its_weights(saved):
     assert all(torch.equal(tensor, drawn.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def test_pictures_and_texts_are_prepared_as_ours_are(saved, picture):
+def test_pictures_and_texts_are_prepared_as_ours_are(saved, picture, tmp_path):
     import transformers
 
     register_with_transformers()
     _, transform = ff.create_model_from_pretrained("florence_nano", "artists")
     processor = transformers.AutoImageProcessor.from_pretrained(saved[1])
     assert torch.equal(processor(picture).pixel_values[0], transform(picture))
+    picture.save(tmp_path / "noise.png")
+    assert torch.equal(processor(str(tmp_path / "noise.png")).pixel_values[0], transform(picture))
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved[1])
     expected = ff.get_tokenizer("florence_nano")(TEXTS)
     found = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
