@@ -1,6 +1,8 @@
 """The command line: what it answers, its exit codes, and that wrong usage is one clear line with exit code 2."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 from florence_fast import __version__
 from florence_fast.cli import main
 from florence_fast.data.loader import BadDataError
+from florence_fast.train.checkpoint import CheckpointStore
 
 COMMANDS = (
     "demo",
@@ -168,11 +171,89 @@ def test_train_writes_a_run_and_continues_it(pairs, tmp_path, capsys):
     common += ["--logs", str(tmp_path), "--name", "run", "--log-every-n-steps", "1"]
     assert main([*common, "--steps", "2"]) == 0
     checkpoints = tmp_path / "run" / "checkpoints"
+    said = capsys.readouterr().out
+    assert f"next: florence-fast evaluate zero-shot --model florence_nano --pretrained {tmp_path / 'run'} " in said
+    params = (tmp_path / "run" / "params.txt").read_text()
+    assert "model: florence_nano\n" in params and f"data: {pairs}\n" in params and "commit: " in params
     losses = [json.loads(line)["loss"] for line in (checkpoints / "results.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
     capsys.readouterr()
     assert "--resume goes on with it" in refused(capsys, *common, "--steps", "2")
     assert main([*common, "--steps", "2", "--resume", "latest"]) == 0
+
+
+def test_a_run_that_cannot_be_resumed_is_wrong_usage(pairs, tmp_path, capsys):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    CheckpointStore(checkpoints).save(3, {"format": 1, "counters": {}})
+    args = [
+        "train",
+        "--train-data",
+        pairs,
+        "--logs",
+        tmp_path,
+        "--name",
+        "run",
+        "--resume",
+        "latest",
+        "--batch-size",
+        2,
+    ]
+    said = refused(capsys, *map(str, args), "--device", "cpu", "--steps", "9")
+    assert "cannot go on from" in said and "step_3.pt: it lacks stage, model" in said
+    config = tmp_path / "config.json"
+    for settings, named in (([1], "must hold an object"), ({"batch_size": "8"}, "batch_size must be a whole number")):
+        config.write_text(json.dumps(settings))
+        assert named in refused(capsys, "train", "--train-data", str(pairs), "--config", str(config))
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path):
+    from florence_fast.cli.train import _folder_of_its_own
+
+    folders = [_folder_of_its_own(tmp_path / "logs" / "date-model") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["date-model", "date-model-2", "date-model-3"]
+    assert all(folder.is_dir() for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("result", "code"),
+    [
+        ({"status": "stopped", "signal": "SIGINT"}, 130),
+        ({"status": "stopped", "signal": "SIGTERM"}, 143),
+        ({"status": "stopped", "signal": "SIGHUP"}, 129),
+        ({"status": "stopped", "signal": None}, 143),
+        ({"status": "finished", "signal": "SIGTERM"}, 0),
+        ({"zero_shot": {}}, 0),
+    ],
+)
+def test_only_a_run_that_reached_its_end_exits_with_0(monkeypatch, tmp_path, result, code):
+    monkeypatch.setattr("florence_fast.demo.run", lambda *args, **kwargs: result)
+    assert main(["demo", "--out", str(tmp_path)]) == code
+
+
+def test_sigterm_ends_any_command_with_143_and_its_handler_goes_with_it(monkeypatch, capsys):
+    cleaned = []
+
+    def wait_for_ever():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr("florence_fast.info.collect", wait_for_ever)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["info"]) == 143
+    assert cleaned and "terminated" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_reader_that_goes_away_ends_a_command_without_a_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "florence_fast", "info", "--json"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_train_flags_set_the_fields_that_they_name(pairs, tmp_path, monkeypatch):

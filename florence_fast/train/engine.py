@@ -390,8 +390,8 @@ class Trainer:
 
     def _write(self) -> None:
         """Write a checkpoint, unless its weights are of no use to anybody: it would push out one that is."""
-        weights = {**dict(self.model.named_parameters()), **(self.ema.average if self.ema is not None else {})}
-        if names := not_finite(weights):
+        names = not_finite(dict(self.model.named_parameters()))
+        if names := names or not_finite(self.ema.average if self.ema is not None else {}):
             raise TrainingDivergedError(
                 f"NaN or Inf in {len(names)} weights after step {self.step} ({', '.join(names[:3])}): they are not "
                 f"saved; the newest good checkpoint is {self._saved}"

@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
-from tqdm.utils import ObjectWrapper
 
 from florence_fast.files import write_text
 from florence_fast.printable import printable
@@ -261,24 +260,30 @@ class _AboveBar(logging.Handler):
         tqdm.write(self.format(record), file=_Unread(sys.stdout))
 
 
-class _Unread(ObjectWrapper):
+class _Unread:
     """A stream whose reader may go away (a pipe into `head`, a closed terminal): what it said stands in the log.
 
-    It equals what it wraps, by which tqdm knows the lines that have to stand above a bar.
+    All of them are equal, because they are one terminal: by that tqdm knows which bar to move out of a line's way.
     """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
 
     def write(self, text: str) -> int:
         # AttributeError: there is no stream at all, as under pythonw
         with suppress(OSError, ValueError, AttributeError):
-            self._wrapped.write(text)
+            self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         with suppress(OSError, ValueError, AttributeError):
-            self._wrapped.flush()
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["stream"], name)
 
     def __eq__(self, other: object) -> bool:
-        return self._wrapped == getattr(other, "_wrapped", other)
+        return isinstance(other, _Unread)
 
     __hash__ = None
 

@@ -90,6 +90,40 @@ def test_a_corrupt_checkpoint_is_named_and_passed_over(
         store.load(newest)
 
 
+@pytest.mark.parametrize(
+    ("name", "found", "said"),
+    [
+        ("latest", 3, "latest names no checkpoint of this folder"),
+        ("step_3.pt.sha256", 2, "step_3.pt is corrupt: step_3.pt.sha256 holds another SHA-256"),
+        ("step_3.pt", 2, "step_3.pt is corrupt"),
+    ],
+)
+@pytest.mark.parametrize("bit", [0x01, 0x80])
+def test_one_flipped_bit_anywhere_leaves_a_checkpoint_to_go_on_from(
+    tmp_path: Path, name: str, found: int, said: str, bit: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        CheckpointStore(tmp_path).save(step, _state(step))
+    data = bytearray((tmp_path / name).read_bytes())
+    data[2] ^= bit
+    (tmp_path / name).write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert CheckpointStore(tmp_path).latest_valid() == tmp_path / f"step_{found}.pt"
+    assert said in caplog.text
+
+
+def test_a_checkpoint_that_the_drive_cannot_read_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        CheckpointStore(tmp_path).save(step, _state(step))
+    (tmp_path / "step_2.pt").unlink()
+    (tmp_path / "step_2.pt").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert CheckpointStore(tmp_path).latest_valid() == tmp_path / "step_1.pt"
+    assert "passed over: [Errno 21] Is a directory" in caplog.text
+
+
 def test_nothing_valid_is_an_error_and_nothing_at_all_is_none(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path).latest_valid() is None
     CheckpointStore(tmp_path).save(1, _state(1))

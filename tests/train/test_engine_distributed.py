@@ -65,6 +65,59 @@ def train_damaged(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tuple
     return _run(pairs, out_dir, PER_RANK, augment=damage)
 
 
+def train_unlike(group: dist.ProcessGroup, pairs: Path, other_pairs: Path, out_dir: Path, what: str) -> str:
+    """Start training with something else than the others on rank 2; return the error."""
+    odd = dist.get_rank() == 2
+    settings: dict[str, Any] = {
+        "augment": None,
+        "model": tiny_model(drop_path_rate=0.1 if odd and what == "model" else 0.0),
+    }
+    if odd and what in ("batch_size", "seed"):
+        settings[what] = 5
+    resume = "latest" if odd and what == "resume" else None
+    try:
+        tiny_trainer(other_pairs if odd and what == "data" else pairs, out_dir, **settings).run(resume)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def start_again(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> str:
+    """Start a new run in the folder of an earlier one, of which rank 0 alone knows; return the error."""
+    try:
+        tiny_trainer(pairs, out_dir if dist.get_rank() == 0 else out_dir / "elsewhere").run()
+    except FileExistsError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("batch_size", "config.batch_size 32 on rank 0, 5 on rank 2"),
+        ("seed", "config.seed 0 on rank 0, 5 on rank 2"),
+        ("model", "model.config.image.drop_path_rate 0.0 on rank 0, 0.1 on rank 2"),
+        ("data", "data.pairs 80 on rank 0, 81 on rank 2"),
+        ("resume", "resume None on rank 0, 'latest' on rank 2"),
+    ],
+)
+def test_ranks_that_differ_end_with_an_error_on_all(
+    processes: Processes, pairs: Path, tmp_path: Path, what: str, named: str
+) -> None:
+    others = write_pairs(tmp_path / "pairs", count=81) if what == "data" else pairs
+    answers = processes.run(train_unlike, NUM_PROCESSES, pairs, others, tmp_path / "run", what)
+    assert len(set(answers)) == 1
+    assert answers[0].startswith("RankMismatchError: all ranks of a run need the same command and data")
+    assert named in answers[0]
+
+
+def test_a_refusal_of_rank_0_reaches_all_ranks(processes: Processes, pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_1.pt").write_bytes(b"")
+    answers = processes.run(start_again, NUM_PROCESSES, pairs, tmp_path)
+    assert all("holds a run already (step_1.pt)" in answer for answer in answers)
+
+
 @pytest.mark.parametrize("function", [train, train_cached])
 def test_four_processes_have_the_losses_of_one(
     processes: Processes, pairs: Path, tmp_path: Path, function: Any

@@ -79,7 +79,7 @@ def write_pairs(folder: Path, count: int = 80) -> Path:
 def tiny_trainer(pairs: Path | PairSource, out_dir: Path, **settings: Any) -> Trainer:
     """Return a trainer; settings that `TrainConfig` does not know go to `Trainer`."""
     model = settings.pop("model", None) or tiny_model()
-    extras = {name: settings.pop(name) for name in ("on_interval", "generators") if name in settings}
+    extras = {name: settings.pop(name) for name in ("on_interval", "generators", "about") if name in settings}
     augment = settings.pop("augment", BatchAugment(model.config.image_mean, model.config.image_std))
     config = TrainConfig(**{"stages": STAGES, **SETTINGS, **settings})
     source = open_pairs(pairs) if isinstance(pairs, Path) else pairs
