@@ -127,7 +127,7 @@ def accelerate(
     report = Report(swapped, already, skipped)
     if not swapped and not already:
         raise ValueError(_nothing_swapped(model, report))
-    leaves.swap(model, tuple(name for names in (swapped | already).values() for name in names))
+    leaves.swap(model, tuple(name for name, *_ in _known_layers(model)))
     if verbose:
         print(report)
     return report

@@ -93,6 +93,16 @@ def test_nothing_is_laid_over_where_the_processor_has_the_units(units: Callable[
     assert not _names(model)
 
 
+def test_a_layer_that_was_left_alone_is_left_alone_to_its_last_module() -> None:
+    model = _model()
+    left = model.swin.encoder.layers[0].blocks[0]
+    left.register_forward_hook(lambda *_: None)
+    left.attention.register_forward_hook(lambda *_: None)
+    report = ff.accelerate(model, verbose=False)
+    assert list(report.skipped) == ["swin.encoder.layers.0.blocks.0"]
+    assert _names(model) == OUTSIDE
+
+
 def test_what_was_hooked_or_replaced_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].register_forward_hook(lambda *_: None)
