@@ -205,4 +205,6 @@ def _device_type(device: str | torch.device) -> str:
 
 @functools.cache
 def _warn_once(word: str, reason: str) -> None:
-    log.warning("precision %s is slow here, since %s: use fp32, or auto, which chooses by the device", word, reason)
+    log.warning(
+        "precision %s gains nothing here, since %s: use fp32, or auto, which chooses by the device", word, reason
+    )
