@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,30 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         beside.write_bytes(b"ha")
         raise OSError("disk full")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("model.safetensors", b"whole")]
+
+
+@pytest.mark.parametrize(
+    ("latest", "newest"),
+    [("step_9.pt\n", 9), (None, 20), ("step_9", 9), ("step_400.pt", 20), (b"\xf3tep_9.pt", 20)],
+    ids=["named", "no-pointer", "no-suffix", "not-there", "damaged"],
+)
+def test_the_folder_of_a_run_stands_for_its_newest_weights(model, tmp_path, latest, newest):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    model.save_pretrained(tmp_path / "saved")
+    for step in (9, 20):
+        (checkpoints / f"step_{step}.pt").write_bytes(b"what a run goes on from is not read")
+        shutil.copy(tmp_path / "saved" / "model.safetensors", checkpoints / f"step_{step}.safetensors")
+    if latest is not None:
+        (checkpoints / "latest").write_bytes(latest if isinstance(latest, bytes) else latest.encode())
+    for folder in (tmp_path / "run", checkpoints):
+        found = read_checkpoint(folder)
+        assert found.path == checkpoints / f"step_{newest}.safetensors"
+        assert same(found.state, model.state_dict())
+    for file in checkpoints.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"run holds no model\.safetensors"):
+        read_checkpoint(tmp_path / "run")
 
 
 @pytest.mark.parametrize("wrap", ["plain", "model", "state_dict", "ddp", "compiled"])
