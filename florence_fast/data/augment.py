@@ -87,7 +87,7 @@ class BatchAugment:
         """Turn, scale, shear and shift each picture by its own affine map, white outside."""
 
         def uniform(bound: float) -> Tensor:
-            return (torch.rand(len(x), generator=generator) * 2 - 1) * bound
+            return (torch.rand(len(x), generator=generator, device="cpu") * 2 - 1) * bound
 
         angle = uniform(math.radians(self.degrees))
         width = uniform(self.scale).exp()
@@ -103,12 +103,14 @@ class BatchAugment:
     def _recolour(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Mix the channels near the identity, some to grey, then change contrast and brightness."""
         count = len(x)
-        mix = torch.eye(3) + torch.randn(count, 3, 3, generator=generator) * self.colour
+        mix = torch.eye(3, device="cpu") + torch.randn(count, 3, 3, generator=generator, device="cpu") * self.colour
         # Rows that sum to one leave white white: the background carries no colour cast.
         mix = mix / mix.sum(-1, keepdim=True)
-        grey = torch.rand(count, 1, 1, generator=generator) < self.grey
+        grey = torch.rand(count, 1, 1, generator=generator, device="cpu") < self.grey
         mix = torch.where(grey, torch.full_like(mix, 1 / 3), mix)
-        gain = ((torch.rand(count, 1, 1, generator=generator) * 2 - 1) * self.contrast).exp()
-        shift = 0.5 - 0.5 * gain + (torch.rand(count, 1, 1, generator=generator) * 2 - 1) * self.brightness
+        gain = ((torch.rand(count, 1, 1, generator=generator, device="cpu") * 2 - 1) * self.contrast).exp()
+        shift = (
+            0.5 - 0.5 * gain + (torch.rand(count, 1, 1, generator=generator, device="cpu") * 2 - 1) * self.brightness
+        )
         mixed = torch.baddbmm(shift.to(x.device), (mix * gain).to(x.device), x.flatten(2))
         return mixed.clamp_(0, 1).view_as(x)

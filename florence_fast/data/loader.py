@@ -243,7 +243,7 @@ class PairLoader:
             keys = map(self._key, slots.indices.tolist(), slots.epochs.tolist())
             images = shrink(torch.from_numpy(np.stack([decoded[key] for key in keys])), image_size)
         texts, labels = self._draw_texts(slots, augment_text)
-        return Batch(images, texts, torch.tensor(labels), torch.from_numpy(slots.indices), len(bad))
+        return Batch(images, texts, torch.tensor(labels, device="cpu"), torch.from_numpy(slots.indices), len(bad))
 
     def _keep(self, decoded: Decoded) -> None:
         """Take note of what was decoded: pictures into the cache, reasons among the faults."""

@@ -65,5 +65,5 @@ class PictureCache:
     @staticmethod
     def _empty(num_pictures: int, size: int) -> tuple[Tensor, np.ndarray]:
         """Room for pictures, which takes memory as it is filled, and which of them are there."""
-        room = torch.empty(num_pictures, 3, size, size, dtype=torch.uint8)
+        room = torch.empty(num_pictures, 3, size, size, dtype=torch.uint8, device="cpu")
         return room, np.zeros(num_pictures, dtype=bool)

@@ -83,12 +83,14 @@ class ImageTransform:
         """
         image = _rgb_of(image)
         if self.is_train:
-            box = random_crop_box(image.width, image.height, torch.rand(4).tolist(), self.scale, self.ratio)
+            box = random_crop_box(
+                image.width, image.height, torch.rand(4, device="cpu").tolist(), self.scale, self.ratio
+            )
             pixels_HWC = resize(image, self.size, self.interpolation, box)
         else:
             pixels_HWC = fit(image, self.size, self.resize_mode, self.interpolation, self.fill_color)
         x_CHW = torch.from_numpy(to_array(pixels_HWC)).float().div_(255)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in (self.mean, self.std))
         return (x_CHW - mean) / std
 
 

@@ -40,7 +40,7 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Tensor, *, chunk_size: int = 
         lonely = int((answered == 0).nonzero()[0])
         raise ValueError(f"every query needs at least one right answer, query {lonely} has none")
 
-    found = torch.empty(len(queries), dtype=torch.int64)
+    found = torch.empty(len(queries), dtype=torch.int64, device="cpu")
     for start in range(0, len(queries), chunk_size):
         scores_QG = queries[start : start + chunk_size].float() @ gallery.float().T
         here = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < start + len(scores_QG))]

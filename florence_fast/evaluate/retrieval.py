@@ -65,7 +65,7 @@ def retrieval(
     images_ND = encoded.features[first_rows]
     asked = [template.format(texts[row]) for row in first_texts]
     texts_MD = encode_texts(model, tokenizer, asked, batch_size=batch_size, precision=precision, progress=progress)
-    right = torch.tensor(sorted(set(zip(picture_of_row, text_of_row, strict=True))))
+    right = torch.tensor(sorted(set(zip(picture_of_row, text_of_row, strict=True))), device="cpu")
     return {
         "image_to_text": recalls(ranks(images_ND, texts_MD, right)),
         "text_to_image": recalls(ranks(texts_MD, images_ND, right.flip(1))),

@@ -108,7 +108,7 @@ def zero_shot(
         device=next(model.parameters()).device,
         use_tqdm=progress,
     )
-    right = torch.tensor([[row, targets[index]] for row, index in enumerate(encoded.indices)])
+    right = torch.tensor([[row, targets[index]] for row, index in enumerate(encoded.indices)], device="cpu")
     found = ranks(encoded.features, classifier_DK.T.float().cpu(), right)
     shares = recalls(found, at=(1, 5, 10))
     return {

@@ -79,7 +79,7 @@ class ContrastiveStep:
         row_of = {text: row for row, text in enumerate(dict.fromkeys(batch.texts))}
         tokens = self.tokenizer(list(row_of))
         tokens = tokens[:, : int((tokens != 0).sum(1).max())]
-        which = torch.tensor([row_of[text] for text in batch.texts])
+        which = torch.tensor([row_of[text] for text in batch.texts], device="cpu")
         images = batch.images.to(self.device, non_blocking=True)
         images = self.augment(images, image_size, self.config.seed + _RANK_STRIDE * rank(), step)
         labels = batch.labels.to(self.device, non_blocking=True) if self.config.loss == "unicl" else None

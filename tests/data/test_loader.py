@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from florence_fast.data.augment import BatchAugment
 from florence_fast.data.labels import text_label
 from florence_fast.data.loader import BadDataError, Batch, PairLoader
 from florence_fast.data.pairs import open_pairs
@@ -71,6 +72,24 @@ def test_a_position_equals_skipping(list_pairs: Build, crop: str, grouped: int) 
     options = dict(crop=crop, pictures_per_text=grouped)
     straight = take(load(list_pairs(40, names=9), **options), 12)
     assert_equal(take(load(list_pairs(40, names=9), **options), 7, position=5 * 7), straight[5:])
+
+
+def test_what_is_prepared_on_the_cpu_is_there_whatever_the_default_device(list_pairs: Build) -> None:
+    def prepared() -> list[torch.Tensor]:
+        source, mean_std = list_pairs(7), ((0.5,) * 3, (0.25,) * 3)
+        (batch,) = take(load(source), 1)
+        torch.random.default_generator.manual_seed(0)
+        transformed = [image_transform(8, is_train)(source.image(0)) for is_train in (False, True)]
+        augmented = BatchAugment(*mean_std)(batch.images, 6, seed=0, step=1)
+        return [batch.images, batch.labels, batch.indices, augmented, *transformed]
+
+    wanted = prepared()
+    torch.set_default_device("meta")
+    try:
+        found = prepared()
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
