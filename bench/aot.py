@@ -121,7 +121,11 @@ def describe(launched: Record, arch: int) -> Record:
 
 
 def layouts(ttgir: str) -> Record:
-    """Say how the products are laid out over the warps, and each reduction along rows: its tile, and how that is."""
+    """Say how the products are laid out over the warps, and each reduction along rows: its tile, and how that is.
+
+    And which tiles in shared memory a wgmma may still read when the next trip begins, and something else reads too:
+    Triton's pipeliner gives such a tile too few buffers (triton #6691).
+    """
     declared = re.findall(r"(#\w+) = #ttg\.(\w+)<\{[^}]*?warpsPerCTA = \[([\d, ]+)\]", ttgir)
     warps = {name: [int(x) for x in text.split(",")] for name, _, text in declared}
     reductions = re.findall(
@@ -129,7 +133,10 @@ def layouts(ttgir: str) -> Record:
         ttgir,
         re.DOTALL,
     )
+    in_flight = re.findall(r"warp_group_dot_wait ([^{]*)\{pendings = [1-9]", ttgir)
+    loaded = set(re.findall(r"ttg\.local_load (%\w+)", ttgir))
     return {
+        "overwritten": sorted(loaded & set(re.findall(r"%\w+", " ".join(in_flight)))),
         "mma_warps": [warps[name] for name, kind, _ in declared if kind == "nvidia_mma"],
         "row_reductions": [
             {"tile": [int(rows), int(columns)], "warps": warps[name]} for rows, columns, name in sorted(set(reductions))

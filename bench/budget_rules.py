@@ -79,7 +79,7 @@ def _kernel(case: Case, kernel: Row) -> Row:
     pointers = {name for name, kind in kernel["signature"].items() if kind.startswith("*")}
     divisible = {name for name, facts in kernel["attributes"].items() if "['tt.divisibility', 16]" in facts}
     return {
-        **{name: kernel[name] for name in (*facts, "row_reductions", "seconds")},
+        **{name: kernel[name] for name in (*facts, "row_reductions", "overwritten", "seconds")},
         "signature": ", ".join(f"{name}: {kind}" for name, kind in kernel["signature"].items() if kind != "constexpr"),
         "constexprs": ", ".join(f"{name}={value}" for name, value in kernel["constexprs"].items()),
         "divisible_by_16": sorted(divisible),
@@ -252,6 +252,8 @@ def _broken_code(row: Row, kernel: Row) -> list[str]:
             found.append(f"the {kind} loop holds no tensor instruction")
         if kernel[kind]["calls"] > limits["calls"]:
             found.append(f"the {kind} loop calls a subroutine, which is not counted")
+    if kernel["overwritten"]:
+        found.append(f"a wgmma may still read {', '.join(kernel['overwritten'])} when the next trip overwrites it")
     for reduction in kernel["row_reductions"] if limits["split_rows"] is not None else ():
         if reduction["warps"][1] > 1 and reduction["tile"][0] > limits["split_rows"]:
             tile = "x".join(map(str, reduction["tile"]))

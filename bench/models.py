@@ -30,6 +30,7 @@ from bench.machine import ROOT, clocks_under_load
 from bench.session import Missing, Session
 from florence_fast import ops
 from florence_fast.models import create_model, get_model_config
+from florence_fast.ops._backend import allows_tf32
 from florence_fast.timing import time_calls
 from florence_fast.verify.compare import Judgement, relative_error
 
@@ -269,12 +270,15 @@ def _training(
 @contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """Let float32 products use TF32 inside, where that is what is measured."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else before)
+    if dtype != "tf32":
+        yield
+        return
+    allowed = allows_tf32(torch.empty(0))
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:

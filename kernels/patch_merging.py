@@ -41,6 +41,8 @@ SCRATCH_BYTES = 32 << 20
 MAX_CHANNELS = 2048
 """The widest map whose merged rows fit into the registers of one program of the backward."""
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 _SIZES = ["H", "W", "M"]
 """Arguments whose divisibility tells the compiler nothing: a new map must not compile again."""
 
@@ -82,6 +84,20 @@ def _patch_merging_fold_kernel(
 
 
 @triton.jit
+def _settled(product):
+    """Return ``product`` such that the next trip of a loop cannot begin before it is complete.
+
+    Triton's pipeliner leaves the wgmma of a trip running while the next one is prepared. If a tile feeds a wgmma and
+    anything else, its buffer is then overwritten while it is still read: silently wrong values (triton #6691). An
+    empty instruction that reads the product makes the compiler wait for it; it costs no instruction and no register.
+    """
+    if _INTERPRETED:
+        return product
+    else:
+        return tl.inline_asm_elementwise("", "=r,0", [product], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _multiply(
     row_ptr,  # (BLOCK_M, 1): where the rows begin
     origin,  # (BLOCK_M, 1) float32: x_0
@@ -104,11 +120,12 @@ def _multiply(
 
     What is not asked for is zeros, which cost nothing. ``depth`` is 4C, and no constant: compilers would unroll.
     """
+    FAR: tl.constexpr = BLOCK_N2 if BLOCK_N2 > 0 else 1  # Triton 3.4 and 3.5 make no constant of max()
     k = tl.arange(0, BLOCK_K)[None, :]
     folded_ptr += column * (4 * C)
     near_ptr = folded_ptr + tl.arange(0, BLOCK_N)[:, None] * (4 * C) + k
-    far_ptr = folded_ptr + (BLOCK_N + tl.arange(0, max(BLOCK_N2, 1)))[:, None] * (4 * C) + k
-    near, far = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, max(BLOCK_N2, 1)), tl.float32)
+    far_ptr = folded_ptr + (BLOCK_N + tl.arange(0, FAR))[:, None] * (4 * C) + k
+    near, far = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, FAR), tl.float32)
     total, square = tl.zeros((BLOCK_M, BLOCK_K // 8), tl.float32), tl.zeros((BLOCK_M, BLOCK_K // 8), tl.float32)
     for first in range(0, depth, BLOCK_K):
         below = first >= 2 * C
@@ -129,6 +146,10 @@ def _multiply(
         near = tl.dot(x, tl.trans(tl.load(near_ptr + first)), near, input_precision=PRECISION)
         if BLOCK_N2 > 0:
             far = tl.dot(x, tl.trans(tl.load(far_ptr + first)), far, input_precision=PRECISION)
+        if STATISTICS and not SHIFT:  # x feeds the product and the sums
+            near = _settled(near)
+            if BLOCK_N2 > 0:
+                far = _settled(far)
     return near, far, total, square
 
 

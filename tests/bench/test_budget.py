@@ -170,6 +170,7 @@ BROKEN = [
     ("loads of 4 bytes", WINDOW, with_opcode("LDG.E", 8), "loads 75% by 16 bytes, at least 100%"),
     ("no loads", WINDOW, without("LDG", "LDGSTS"), "loads none by 16 bytes"),
     ("rows across warps", WINDOW, set_kernel(row_reductions=SPLIT), "rows of a 64x64 tile .* 4 warps"),
+    ("a tile overwritten", WINDOW, set_kernel(overwritten=["%x_7"]), "a wgmma may still read %x_7 when the next trip"),
     ("a lost loop", WINDOW, set_kernel(unit_loops=1), "1 loops over windows, not 2"),
     ("an unaligned pointer", WINDOW, set_kernel(unknown_pointers=["qkv_ptr"]), "divisible by 16: qkv"),
     ("stores of 2 bytes", WINDOW, with_opcode("STG.E.U16"), "stores by STG.E.U16, at least 4 bytes"),
@@ -273,8 +274,8 @@ def loop(instructions=10, multiply_adds=0, children=(), ffma=0, clocks=1.0):
 def compiled(case, *kernels):
     shared = {
         "grid": [1], "num_warps": 4, "num_stages": 2, "maxnreg": None, "registers": 99, "stack": 0, "shared": 0,
-        "mma_warps": [], "row_reductions": [], "seconds": 0.1, "signature": {"qkv_ptr": "*bf16", "B": "i32"},
-        "attributes": {"qkv_ptr": "[['tt.divisibility', 16]]"},
+        "mma_warps": [], "row_reductions": [], "overwritten": [], "seconds": 0.1,
+        "signature": {"qkv_ptr": "*bf16", "B": "i32"}, "attributes": {"qkv_ptr": "[['tt.divisibility', 16]]"},
     }  # fmt: skip
     entry = {"case": case, "arch": 90, "error": None, "kernels": [{**shared, **kernel} for kernel in kernels]}
     return {"triton": "0.0", "entries": [entry]}
@@ -436,7 +437,20 @@ def test_layouts_are_read_from_the_compilers_own_language():
       %q = "tt.reduce"(%rows) <{axis = 0 : i32}> ({
       }) : (tensor<64x32xf32, #blocked>) -> tensor<32xf32, #ttg.slice<{dim = 0, parent = #blocked}>>
 """
-    assert aot.layouts(ttgir) == {"mma_warps": [[1, 4]], "row_reductions": [{"tile": [64, 128], "warps": [1, 4]}]}
+    reductions = [{"tile": [64, 128], "warps": [1, 4]}]
+    assert aot.layouts(ttgir) == {"overwritten": [], "mma_warps": [[1, 4]], "row_reductions": reductions}
+
+
+def test_a_tile_that_a_running_wgmma_and_a_load_read_is_seen():
+    ttgir = """
+      %x_7 = ttg.memdesc_index %x[%i] : !ttg.memdesc<2x128x64xbf16, #shared> -> !ttg.memdesc<128x64xbf16, #shared>
+      %x_8 = ttg.local_load %x_7 token %t : !ttg.memdesc<128x64xbf16, #shared> -> tensor<128x64xbf16, #blocked>
+      %n_2 = ttng.warp_group_dot %x_7, %g_5, %n_1 {isAsync = true} : !ttg.memdesc<128x64xbf16, #shared> * !ttg...
+      %n_3:3 = ttng.warp_group_dot_wait %n_2, %x_7, %g_5 {pendings = 1 : i32} : tensor<128x128xf32, #mma>, !ttg...
+"""
+    assert aot.layouts(ttgir)["overwritten"] == ["%x_7"]
+    assert aot.layouts(ttgir.replace("pendings = 1", "pendings = 0"))["overwritten"] == []
+    assert aot.layouts(ttgir.replace("local_load %x_7", "local_load %y"))["overwritten"] == []
 
 
 def test_nothing_is_compiled_under_the_interpreter(monkeypatch, capsys, tmp_path):
