@@ -1,13 +1,13 @@
-"""How an op chooses its backend, and how it is registered with torch.library: written once, used by every op.
+"""How an op chooses its backend: written once, used by every op.
 
 A backend is asked whether it can take the inputs and answers with the list of reasons why not; an empty list
 means yes. The choice is made in Python, before the op is entered, and travels into it as a plain ``str``, so that
 torch.compile sees a constant.
 """
 
-import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from florence_fast import env, ranges
+from florence_fast import env
 from florence_fast.errors import unknown
-from florence_fast.ops import _autotune
 
 BACKENDS = ("triton", "cpp", "torch", "reference")
 """In the order in which ``auto`` tries them."""
@@ -27,6 +27,10 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What every kernel computes with."""
 
 _forced: list[str] = []
+"""What ``backend(...)`` has forced in the thread that imported this module, usually the main one."""
+_own = threading.local()
+"""``names``: the same of each thread. A plain object, because torch.compile guards on the attributes of no other."""
+_own.names = _forced
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class OpEntry:
     """``unsupported_reasons(backend, *args, **kwargs)`` with the arguments of ``function``."""
     example: Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]
     """``example(device)`` gives small ``args, kwargs`` that ``function`` accepts."""
+    plain: bool = False
+    """Whether every backend is made of PyTorch's own operations, which it transforms, differentiates and exports."""
 
 
 OPS: dict[str, OpEntry] = {}
@@ -63,7 +69,8 @@ def register_entry(entry: OpEntry) -> None:
 def backend(name: str) -> Iterator[None]:
     """Force one backend for every op called inside; ``"auto"`` gives the choice back.
 
-    The setting belongs to the process, not to the thread, and wins over FLORENCE_FAST_BACKEND.
+    The setting belongs to the thread. A thread without a setting of its own, such as those that run a backward on
+    GPUs, follows the main thread. It wins over FLORENCE_FAST_BACKEND.
 
     Args:
         name: "auto", "triton", "cpp", "torch" or "reference".
@@ -75,11 +82,14 @@ def backend(name: str) -> Iterator[None]:
     ...     out = ff.ops.window_attention(qkv, window_size=7, num_heads=3)
     """
     _check_name("backend", name)
-    _forced.append(name)
+    if not hasattr(_own, "names"):
+        _own.names = []
+    names = _own.names
+    names.append(name)
     try:
         yield
     finally:
-        _forced.pop()
+        names.pop()
 
 
 def backend_in_force() -> str:
@@ -87,8 +97,9 @@ def backend_in_force() -> str:
 
     torch.compile guards on ``backend(...)`` and compiles again when it changes; the variable it reads while tracing.
     """
-    if _forced:
-        return _forced[-1]
+    names = getattr(_own, "names", _forced) or _forced
+    if names:
+        return names[-1]
     name = env.read("FLORENCE_FAST_BACKEND")
     _check_name("FLORENCE_FAST_BACKEND", name)
     return name
@@ -97,20 +108,46 @@ def backend_in_force() -> str:
 def choose(op: str, *args: Any, **kwargs: Any) -> str:
     """Return the backend that runs ``op`` on these arguments: the forced one, or the first that can.
 
+    What the kernels have no rule for is computed by the reference, which is made of PyTorch's own operations alone:
+    transforms of torch.func, forward-mode AD, and ONNX graphs. A program of torch.export holds ``"auto"``: the machine
+    that runs it chooses, by `first_that_can`.
+
     Raises:
         RuntimeError: the forced backend cannot run them; the message holds every reason.
     """
-    reasons_of = OPS[op].unsupported_reasons
+    entry = OPS[op]
     forced = backend_in_force()
+    if not entry.plain and (is_transformed() or _is_onnx_exported()):
+        if forced in ("auto", "reference"):
+            return "reference"
+        raise RuntimeError(
+            f"backend {forced!r} cannot run {op} in torch.func, forward-mode AD or torch.onnx.export: "
+            f"use ff.backend('reference'), or ff.restore on an accelerated model"
+        )
     if forced == "auto":
-        # On a CPU Triton is never taken unasked, and its reasons need not be found at every call.
-        on_cpu = bool(args) and args[0].is_cpu
-        names = BACKENDS[1:] if on_cpu else BACKENDS
-        return next(name for name in names if not _reasons_against_auto(op, name, args, kwargs))
-    reasons = reasons_of(forced, *args, **kwargs)
+        return "auto" if torch.compiler.is_exporting() and not entry.plain else first_that_can(op, *args, **kwargs)
+    reasons = entry.unsupported_reasons(forced, *args, **kwargs)
     if reasons:
         raise RuntimeError(f"backend {forced!r} cannot run {op}: " + "; ".join(reasons))
     return forced
+
+
+def first_that_can(op: str, *args: Any, **kwargs: Any) -> str:
+    """Return what ``auto`` takes for ``op`` on these arguments."""
+    # On a CPU Triton is never taken unasked, and its reasons need not be found at every call.
+    on_cpu = bool(args) and args[0].is_cpu
+    names = BACKENDS[1:] if on_cpu else BACKENDS
+    return next(name for name in names if not _reasons_against_auto(op, name, args, kwargs))
+
+
+def _is_onnx_exported() -> bool:
+    tracing = torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
+    return tracing and torch.onnx.is_in_onnx_export()
+
+
+def is_transformed() -> bool:
+    """Say whether a transform of torch.func or forward-mode AD is in force, for which the kernels have no rules."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def explain(device: str | None = None) -> list[Explanation]:
@@ -160,12 +197,19 @@ def triton_reasons(x: Tensor) -> list[str]:
 
 def allows_tf32(x: Tensor) -> bool:
     """Say whether the user lets float32 products round their factors to TF32, as torch's own would."""
-    return x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    if x.dtype != torch.float32:
+        return False
+    # The older question raises where the answer was given by the newer setting, which torch has since 2.9.
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() != "highest" if precision is None else precision == "tf32"
 
 
-@torch.compiler.assume_constant_result
 def _capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
+
+
+# What torch.compiler.assume_constant_result does, but for importing torch._dynamo, which takes seconds.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
@@ -197,118 +241,6 @@ def float32_autocast_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """Return the dtype that ``dtype`` gets from an op on autocast's float32 list, where CUDA alone has norms."""
     in_force = device_type == "cuda" and torch.is_autocast_enabled("cuda")
     return torch.float32 if in_force and dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-class Op:
-    """An op of torch.library, entered directly, some 7 microseconds sooner, by calls of which nobody has to know.
-
-    These are calls in eager mode on plain tensors without gradients. Whatever traces, transforms, records or
-    differentiates goes through torch's dispatcher, which tells it of the op.
-    """
-
-    def __init__(self, name: str, function: Callable[..., tuple[Tensor, ...]], fake: Callable[..., Any]) -> None:
-        self._function = _plain(name, function)
-        self._op = torch.library.custom_op(f"florence_fast::{name}", self._function, mutates_args=())
-        self._op.register_fake(fake)
-        self.register_autograd = self._op.register_autograd
-
-    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """Run the op; all arguments by position."""
-        return self._op(*args) if _concerns_torch(args) else self._function(*args)
-
-
-def _concerns_torch(args: tuple[Any, ...]) -> bool:
-    """Say whether a call has to go through torch's dispatcher."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    ):
-        return True
-    differentiates = torch.is_grad_enabled()
-    for arg in args:
-        kind = type(arg)
-        if kind in _PLAIN_TENSORS:
-            if arg.is_meta or (differentiates and arg.requires_grad):
-                return True
-        elif kind not in _VALUES:
-            return True
-    return False
-
-
-_PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
-_VALUES = frozenset({type(None), bool, int, float, str, list, torch.dtype})
-
-
-def define_pair(
-    name: str,
-    forward: Callable[..., tuple[Tensor, ...]],
-    forward_fake: Callable[..., tuple[Tensor, ...]],
-    backward: Callable[..., tuple[Tensor, ...]],
-    backward_fake: Callable[..., tuple[Tensor, ...]],
-) -> tuple[Op, Op]:
-    """Register ``florence_fast::name`` and ``florence_fast::name_backward``; whoever calls it joins them."""
-    return Op(name, forward, forward_fake), Op(f"{name}_backward", backward, backward_fake)
-
-
-def define(
-    name: str,
-    num_tensors: int,
-    forward: Callable[..., tuple[Tensor, ...]],
-    forward_fake: Callable[..., tuple[Tensor, ...]],
-    backward: Callable[..., tuple[Tensor, ...]],
-    backward_fake: Callable[..., tuple[Tensor, ...]],
-) -> Op:
-    """Register ``florence_fast::name`` and ``florence_fast::name_backward`` with torch.library and join them.
-
-    Args:
-        name: the op's name.
-        num_tensors: how many leading arguments are tensors or None; the others are plain values.
-        forward: ``(*tensors, *values) -> (out, *kept)``; ``kept`` is for the backward alone. Annotated, because
-            torch.library reads its schema from it.
-        forward_fake: the same with shapes only.
-        backward: ``(grad_out, *tensors, *kept, needs: list[bool], *values)`` -> one gradient for each of
-            ``tensors``, an empty tensor where ``needs`` is false; ``grad_out`` is contiguous.
-        backward_fake: the same with shapes only.
-    """
-    forward_op, backward_op = define_pair(name, forward, forward_fake, backward, backward_fake)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        # What is kept gets no gradient, and must not cost one made of zeros.
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:num_tensors], *output[1:])
-        ctx.values = inputs[num_tensors:]
-
-    def run_backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad_out is None:
-            return (None,) * (num_tensors + len(ctx.values))
-        needs = list(ctx.needs_input_grad[:num_tensors])
-        # .sum() and opcheck send expanded gradients: the backward sees memory that it can walk through.
-        grads = backward_op(grad_out.contiguous(), *ctx.saved_tensors, needs, *ctx.values)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None for _ in ctx.values)
-
-    forward_op.register_autograd(run_backward, setup_context=setup_context)
-    return forward_op
-
-
-def _plain(name: str, function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Wrap an implementation so that it runs outside autocast, whatever surrounds the call, and in a named range.
-
-    Here its kernels are tuned, too, where the user wants that: the op is no longer traced, and has all its arguments.
-    """
-    name = f"op.{name}"
-
-    @functools.wraps(function)
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        with ranges.annotate(name), without_autocast(x.device.type):
-            if _autotune.wanted(x):
-                return _autotune.run(function, x, *args, **kwargs)
-            return function(x, *args, **kwargs)
-
-    return run
 
 
 def _check_name(what: str, name: str) -> None:

@@ -85,5 +85,5 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, scale: float) -
     if added is not None:
         added = added.expand(per_map, num_heads, -1, -1).reshape(1, per_map * num_heads, tokens, tokens)
         added = added.expand(maps, -1, -1, -1)
-    q, k, v = (x.view(maps, per_map * num_heads, tokens, head_dim) for x in (q, k, v))
+    q, k, v = (x.reshape(maps, per_map * num_heads, tokens, head_dim) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, added, scale=scale).reshape(windows, num_heads, tokens, head_dim)

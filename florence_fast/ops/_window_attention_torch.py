@@ -245,7 +245,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
     if added is not None:
         added = added.expand(windows, num_heads, -1, -1).reshape(1, windows * num_heads, num_tokens, num_tokens)
         added = added.expand(maps, -1, -1, -1)
-    q, k, v = (x.view(maps, windows * num_heads, num_tokens, head_dim) for x in (q, k, v))
+    q, k, v = (x.reshape(maps, windows * num_heads, num_tokens, head_dim) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, added, scale=1.0).reshape(rows, num_heads, num_tokens, head_dim)
 
 

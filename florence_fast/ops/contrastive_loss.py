@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _contrastive_loss_native, _contrastive_loss_torch
+from florence_fast.ops import _backend, _contrastive_loss_native, _contrastive_loss_torch, _op
 from florence_fast.ops._contrastive_checks import (
     all_logits,
     check_features,
@@ -84,8 +84,8 @@ def contrastive_loss(
         ValueError: a shape, a device, a dtype or a name is wrong, or the batch is empty.
         RuntimeError: the backend that was forced cannot run these inputs; the message says why.
 
-    A single pair has loss 0, equal labels everywhere the cross-entropy against the uniform distribution. Only the
-    "reference" backend can be differentiated twice.
+    A single pair has loss 0, equal labels everywhere the cross-entropy against the uniform distribution. Second
+    derivatives are the reference's.
 
     >>> u, v = torch.eye(4), torch.eye(4)
     >>> contrastive_loss(u, v, logit_scale=100.0)
@@ -189,8 +189,9 @@ def contrastive_loss_reference(
     same = row_labels[:, None] == col_labels
     target = same / same.sum(1, keepdim=True, dtype=logits.dtype)
     of_rows, of_cols = REDUCTIONS[reduction]
-    loss = -of_rows * (target * logits.log_softmax(1)).sum(1).mean()
-    return loss if of_cols == 0 else loss - of_cols * (target * logits.log_softmax(0)).sum(0).mean()
+    # The factor is applied to a vector: torch.func.jvp makes the tangent of a number times a factor float64.
+    loss = (-of_rows * (target * logits.log_softmax(1)).sum(1)).mean()
+    return loss if of_cols == 0 else loss - (of_cols * (target * logits.log_softmax(0)).sum(0)).mean()
 
 
 def contrastive_statistics_reference(
@@ -211,6 +212,16 @@ def _amax(x: Tensor, axis: int) -> Tensor:
 def unsupported_reasons(backend: str, image_features: Tensor, *args: Any, **options: Any) -> list[str]:
     """Say why ``backend`` cannot run ``contrastive_loss`` on these arguments; an empty list means that it can."""
     return reasons_against("contrastive_loss", backend, image_features)
+
+
+def _arguments(*inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    return inputs[:4], {}
+
+
+def _differentiable_statistics(*inputs: Any) -> Tensor:
+    """Define the first result of the op."""
+    _, row_rest, _, col_rest, positive = contrastive_statistics_reference(*inputs[:6])
+    return torch.cat([row_rest, col_rest, positive])
 
 
 # The op returns what has a gradient as one tensor (2R + N,), the maxima (R + N,), and for the backward alone the
@@ -283,7 +294,9 @@ def _implementation(backend: str) -> ModuleType:
     return _contrastive_loss_native if backend == "cpp" else _contrastive_loss_torch
 
 
-_contrastive_loss = _backend.define("contrastive_loss", 6, _forward, _forward_fake, _backward, _backward_fake)
+_contrastive_loss = _op.define(
+    "contrastive_loss", 6, _forward, _forward_fake, _backward, _backward_fake, _arguments, _differentiable_statistics
+)
 _backend.register_entry(
     _backend.OpEntry("contrastive_loss", contrastive_loss, contrastive_loss_reference, unsupported_reasons, _example)
 )

@@ -208,4 +208,6 @@ def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return (x, weight, None, *torch.randn(2, 32, device=device)), {"stride": 2, "padding": 1}
 
 
-_backend.register_entry(_backend.OpEntry("conv_embed", conv_embed, conv_embed_reference, unsupported_reasons, _example))
+_backend.register_entry(
+    _backend.OpEntry("conv_embed", conv_embed, conv_embed_reference, unsupported_reasons, _example, plain=True)
+)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _deform_conv2d_native, _deform_conv2d_torch
+from florence_fast.ops import _backend, _deform_conv2d_native, _deform_conv2d_torch, _op
 
 
 def deform_conv2d(
@@ -53,7 +53,7 @@ def deform_conv2d(
         RuntimeError: the backend that was forced cannot run these inputs; the message says why.
 
     Positions and interpolation are computed in float32, or float64 for a float64 input. An empty batch gives an empty
-    result. The gradients have the same bits in every run. Only the "reference" backend can be differentiated twice.
+    result. The gradients have the same bits in every run. Second derivatives are the reference's.
 
     >>> x, weight = torch.randn(2, 8, 9, 9), torch.randn(16, 8, 3, 3)
     >>> deform_conv2d(x, torch.zeros(2, 18, 9, 9), weight, padding=1, mask=torch.ones(2, 9, 9, 9)).shape
@@ -201,6 +201,12 @@ def unsupported_reasons(
     return []
 
 
+def _arguments(
+    input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, *sizes: list[int]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (input, offset, weight, bias, *sizes, mask), {}
+
+
 # Nothing is kept for the backward beside the inputs: columns are kh*kw times as large as the input, and sampling anew
 # costs one pass that the gradients of offset and mask need anyway. The second result is empty.
 def _forward(
@@ -274,7 +280,7 @@ def _example(device: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]
     return (input, offset, weight), {"padding": 1, "mask": mask}
 
 
-_deform_conv2d = _backend.define("deform_conv2d", 5, _forward, _forward_fake, _backward, _backward_fake)
+_deform_conv2d = _op.define("deform_conv2d", 5, _forward, _forward_fake, _backward, _backward_fake, _arguments)
 _backend.register_entry(
     _backend.OpEntry("deform_conv2d", deform_conv2d, deform_conv2d_reference, unsupported_reasons, _example)
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _l2_normalize_native, _l2_normalize_torch
+from florence_fast.ops import _backend, _l2_normalize_native, _l2_normalize_torch, _op
 from florence_fast.ops.layer_norm import triton_row_reasons
 
 
@@ -35,7 +35,7 @@ def l2_normalize(x: Tensor, *, eps: float = 1e-12) -> Tensor:
         ValueError: ``x`` has no axis or nothing along the last one, or ``eps`` is negative.
         RuntimeError: the backend that was forced cannot run these inputs; the message says why.
 
-    The gradient of a row shorter than eps is dout / eps. Only the "reference" backend can be differentiated twice.
+    The gradient of a row shorter than eps is dout / eps. Second derivatives are the reference's.
 
     >>> l2_normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([[0.6000, 0.8000],
@@ -76,6 +76,10 @@ def unsupported_reasons(backend: str, x: Tensor, **_: Any) -> list[str]:
     return []
 
 
+def _arguments(x: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[tuple[Tensor], dict[str, Any]]:
+    return (x,), {"eps": eps}
+
+
 # Kept for the backward is x and, on a CPU and from the library, the lengths; Triton's kernels compute them again from
 # the row that they hold, for no bytes at all.
 def _forward(x: Tensor, eps: float, out_dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
@@ -106,17 +110,23 @@ def _backward_fake(grad_out: Tensor, x: Tensor, *args: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *ctx.values = inputs
+    x, *ctx.values = _l2_normalize.settle(inputs)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1])
 
 
-# Not joined by _backend.define: its backward gives a tuple, and one of a single tensor makes compiled sizes constants.
+# Not joined by _op.define: its backward gives a tuple, and one of a single tensor makes compiled sizes constants.
 def _run_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
     if grad_out is None:
         return None, None, None, None
-    return _l2_normalize_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.values), None, None, None
+    x, length = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        gradients = _op.differentiable_gradients(
+            lambda x: [l2_normalize_reference(x, eps=ctx.values[0])], [x], [True], [grad_out]
+        )
+        return *gradients, None, None, None
+    return _l2_normalize_backward(grad_out.contiguous(), x, length, *ctx.values), None, None, None
 
 
 def _example(device: str) -> tuple[tuple[Tensor], dict[str, Any]]:
@@ -132,8 +142,8 @@ def _implementation(backend: str) -> ModuleType:
     return _l2_normalize_native if backend == "cpp" else _l2_normalize_torch
 
 
-_l2_normalize, _l2_normalize_backward = _backend.define_pair(
-    "l2_normalize", _forward, _forward_fake, _backward, _backward_fake
+_l2_normalize, _l2_normalize_backward = _op.define_pair(
+    "l2_normalize", _forward, _forward_fake, _backward, _backward_fake, _arguments
 )
 _l2_normalize.register_autograd(_run_backward, setup_context=_setup_context)
 _backend.register_entry(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _layer_norm_native, _layer_norm_torch
+from florence_fast.ops import _backend, _layer_norm_native, _layer_norm_torch, _op
 
 MAX_TRITON_CHANNELS = 8192
 
@@ -52,7 +52,7 @@ def layer_norm(
         RuntimeError: the backend that was forced cannot run these inputs; the message says why.
 
     Statistics are float32 at least, of s as it is returned. No rows give no rows, and gradients of zero for weight and
-    bias. Only the "reference" backend can be differentiated twice.
+    bias. Second derivatives are the reference's.
 
     >>> x, stream, factors = torch.randn(2, 49, 96), torch.randn(2, 49, 96), torch.tensor([0, 1.25])
     >>> s, norm = layer_norm(x, torch.ones(96), torch.zeros(96), residual=stream, residual_scale=factors)
@@ -175,6 +175,18 @@ def triton_row_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
     return reasons
 
 
+def _arguments(
+    x: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *dtypes: torch.dtype,
+) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+    return (x, weight, bias), {"eps": eps, "residual": residual, "residual_scale": residual_scale}
+
+
 # The op gives the norm and, with a residual, the sum. Kept for the backward is what was normalised - x, or the sum,
 # which the next block holds anyway - so that x and residual themselves need not stay. On a CPU and from the library
 # mean and rstd are kept too; Triton's kernels compute them again from the row that they hold, for no bytes at all.
@@ -252,7 +264,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, residual_scale, weight, bias, ctx.eps, *_, ctx.backend = inputs
+    x, residual, residual_scale, weight, bias, ctx.eps, *_, ctx.backend = _layer_norm.settle(inputs)
     _, total, mean, rstd = output
     ctx.mark_non_differentiable(*((total, mean, rstd) if residual is None else (mean, rstd)))
     ctx.set_materialize_grads(False)
@@ -263,11 +275,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _run_backward(ctx: Any, grad_norm: Tensor | None, grad_sum: Tensor | None, *_: None) -> tuple[Any, ...]:
-    total, residual_scale, weight, bias, mean, rstd = ctx.saved_tensors
+    total, residual_scale, weight, bias, mean, rstd = saved = ctx.saved_tensors
     needs_x, needs_residual, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     nothing = (None,) * 4
     if grad_norm is None and grad_sum is None:
         return None, None, None, None, None, *nothing
+    if torch.is_grad_enabled():
+        return *_differentiable_gradients(ctx, saved, grad_norm, grad_sum), *nothing
     grad_norm = torch.zeros_like(total) if grad_norm is None else grad_norm.contiguous()
     grad_sum = None if grad_sum is None else grad_sum.contiguous()
     needs = [needs_residual or (needs_x and not ctx.x_differs), needs_x and ctx.x_differs, needs_weight, needs_bias]
@@ -282,6 +296,30 @@ def _run_backward(ctx: Any, grad_norm: Tensor | None, grad_sum: Tensor | None, *
         dbias if needs_bias else None,
         *nothing,
     )
+
+
+def _differentiable_gradients(
+    ctx: Any, saved: tuple[Tensor | None, ...], grad_norm: Tensor | None, grad_sum: Tensor | None
+) -> list[Tensor | None]:
+    total, residual_scale, weight, bias, *_ = saved
+    needs_x, needs_residual, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    dsum, dweight, dbias = _op.differentiable_gradients(
+        lambda total, *parameters: [layer_norm_reference(total, *parameters, eps=ctx.eps), total],
+        (total, weight, bias),
+        (needs_x or needs_residual, needs_weight, needs_bias),
+        (grad_norm, grad_sum),
+    )
+    dx = dsum
+    if needs_x and residual_scale is not None:
+        dx = dsum * residual_scale.detach().to(dsum.dtype).view(-1, *[1] * (dsum.ndim - 1))
+    residual_dtype, x_dtype = ctx.dtypes
+    return [
+        dx.to(x_dtype) if needs_x else None,
+        dsum.to(residual_dtype) if needs_residual else None,
+        None,
+        dweight,
+        dbias,
+    ]
 
 
 def _example(device: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
@@ -299,8 +337,8 @@ def _implementation(backend: str) -> ModuleType:
     return _layer_norm_native if backend == "cpp" else _layer_norm_torch
 
 
-_layer_norm, _layer_norm_backward = _backend.define_pair(
-    "layer_norm", _forward, _forward_fake, _backward, _backward_fake
+_layer_norm, _layer_norm_backward = _op.define_pair(
+    "layer_norm", _forward, _forward_fake, _backward, _backward_fake, _arguments
 )
 _layer_norm.register_autograd(_run_backward, setup_context=_setup_context)
 _backend.register_entry(_backend.OpEntry("layer_norm", layer_norm, layer_norm_reference, unsupported_reasons, _example))

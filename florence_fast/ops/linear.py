@@ -1,7 +1,8 @@
 """A linear layer by the fastest product at hand: what ``torch.nn.functional.linear`` computes, on a CPU often sooner.
 
-CoSwin and the text tower call it for q, k, v and for the projections. It is no kernel of ours and has no backends:
-anywhere but on a CPU in eager mode it is ``F.linear`` itself.
+CoSwin and the text tower call it for q, k, v and for the projections. It is no kernel of ours: anywhere but on a CPU in
+eager mode, under the backends "torch" and "reference", and in transforms of torch.func and forward-mode AD it is
+``F.linear`` itself.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from florence_fast.ops import _backend, _product
@@ -30,14 +30,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: shapes or dtypes do not fit, as of ``F.linear``.
 
-    On a CPU the result is differentiable once.
-
     >>> linear(torch.randn(2, 49, 96), torch.randn(288, 96), torch.zeros(288)).shape
     torch.Size([2, 49, 288])
     """
     if torch.compiler.is_compiling():
         return _compiled(x, weight, bias)
-    if not _is_ours(x, weight, bias):
+    if _backend.is_transformed() or not _is_ours(x, weight, bias):
         return F.linear(x, weight, bias)
     x, weight, bias = (None if t is None else _backend.autocast_input(t) for t in (x, weight, bias))
     with _backend.without_autocast("cpu"):
@@ -90,6 +88,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.is_cpu
         and (x.dtype in _product.DTYPES or _product.widens(x))
+        and _backend.backend_in_force() not in ("torch", "reference")
         and all(type(t) in (Tensor, Parameter) for t in tensors)
         and x.numel() > 0
         and weight.numel() > 0
@@ -106,12 +105,17 @@ class _Linear(torch.autograd.Function):
         return _product.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows, grad = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
         with _backend.without_autocast("cpu"):  # which is in force where backward is called inside its region
+            if torch.is_grad_enabled():  # to be differentiated again
+                return (
+                    (grad @ weight).view(x.shape) if needs_x else None,
+                    grad.T @ rows if needs_weight else None,
+                    grad.sum(0) if needs_bias else None,
+                )
             return (
                 _product.matmul(grad, weight).view(x.shape) if needs_x else None,
                 _product.matmul_over_rows(grad, rows) if needs_weight else None,

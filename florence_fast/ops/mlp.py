@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from florence_fast import native
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _mlp_native, _mlp_torch
+from florence_fast.ops import _backend, _mlp_native, _mlp_torch, _op
 from florence_fast.ops._product import chunks, linear, matmul, matmul_over_rows, widened, widens
 
 Sizes = tuple[int, ...]
@@ -54,7 +54,7 @@ def mlp(
         RuntimeError: the backend that was forced cannot run these inputs; the message says why.
 
     For the backward x and the wide tensor before the activation are kept, R F numbers; the activation, as many again
-    in the usual form, is computed anew. No rows give no rows. Only the "reference" backend can be differentiated twice.
+    in the usual form, is computed anew. No rows give no rows. Second derivatives are the reference's.
 
     >>> x, weight1, weight2 = torch.randn(2, 49, 96), torch.randn(384, 96), torch.randn(96, 384)
     >>> mlp(x, weight1, torch.zeros(384), weight2, torch.zeros(96)).shape
@@ -147,6 +147,10 @@ def _triton_reasons(x: Tensor) -> list[str]:
     if dtype == torch.bfloat16 and _backend.interpreting():
         reasons.append("Triton's interpreter cuts values off where they become bfloat16")
     return reasons
+
+
+def _arguments(*inputs: Any) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+    return inputs[:5], {"activation": inputs[5]}
 
 
 # Kept for the backward is the first product (R, F), once: without its bias for the kernel, which adds that itself, with
@@ -282,7 +286,7 @@ def _implementation(backend: str) -> ModuleType:
     return _mlp_torch
 
 
-_mlp = _backend.define("mlp", 5, _forward, _forward_fake, _backward, _backward_fake)
+_mlp = _op.define("mlp", 5, _forward, _forward_fake, _backward, _backward_fake, _arguments)
 register_flop_formula(torch.ops.florence_fast.mlp)(_flops)
 register_flop_formula(torch.ops.florence_fast.mlp_backward)(_flops_backward)
 _backend.register_entry(_backend.OpEntry("mlp", mlp, mlp_reference, unsupported_reasons, _example))

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _nms_native
+from florence_fast.ops import _backend, _nms_native, _op
 from florence_fast.ops.boxes import box_iou, check_boxes
-from florence_fast.ranges import annotated
 
 BLOCK = 128
 """How many boxes the ``torch`` backend settles at a time."""
@@ -128,9 +127,7 @@ def unsupported_reasons(backend: str, boxes: Tensor, *args: Any, **options: Any)
 
 
 # One op for both functions. It has no backward, and how many boxes it keeps is known only when it has run.
-@torch.library.custom_op("florence_fast::nms", mutates_args=())
-@annotated("op.nms")
-def _nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, backend: str) -> Tensor:
+def _kept_indices(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, backend: str) -> Tensor:
     if backend == "reference" or len(boxes) == 0:
         arguments = (boxes, scores) if idxs is None else (boxes, scores, idxs)
         return (nms_reference if idxs is None else batched_nms_reference)(*arguments, iou_threshold)
@@ -154,16 +151,25 @@ def _nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: floa
     return best_first[torch.empty_like(kept).index_copy_(0, by_class, kept)]
 
 
-@_nms.register_fake
-def _(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, backend: str) -> Tensor:
+def _fake(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, backend: str) -> Tensor:
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+def _arguments(
+    boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (boxes, scores, *(() if idxs is None else (idxs,)), iou_threshold), {}
+
+
+def _entry_of(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> str:
+    return "nms" if idxs is None else "batched_nms"
 
 
 def _rounded_down(threshold: float, dtype: torch.dtype) -> float:
     """Return the largest number of ``dtype`` up to ``threshold``: what is above one is above the other."""
-    rounded = torch.tensor(threshold, dtype=dtype)
+    rounded = torch.tensor(threshold, dtype=dtype, device="cpu")
     if rounded.item() > threshold:
-        rounded = rounded.nextafter(torch.tensor(-math.inf, dtype=dtype))
+        rounded = rounded.nextafter(torch.full_like(rounded, -math.inf))
     return rounded.item()
 
 
@@ -218,6 +224,7 @@ def _batched_nms_example(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (boxes, scores, torch.arange(len(boxes), device=device) % 3, 0.3), {}
 
 
+_nms = _op.Op("nms", _kept_indices, _fake, _arguments, _entry_of)
 _backend.register_entry(_backend.OpEntry("nms", nms, nms_reference, unsupported_reasons, _nms_example))
 _backend.register_entry(
     _backend.OpEntry("batched_nms", batched_nms, batched_nms_reference, unsupported_reasons, _batched_nms_example)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from florence_fast import native
-from florence_fast.ops import _backend, _patch_merging_native, _patch_merging_torch
+from florence_fast.ops import _backend, _op, _patch_merging_native, _patch_merging_torch
 
 CHANNELS_STEP = 16
 MAX_TRITON_CHANNELS = 2048
@@ -44,7 +44,7 @@ def patch_merging(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Ten
         RuntimeError: the backend that was forced cannot run these inputs; the message says why.
 
     A map of odd height or width is completed by zeros at its end, which take part in the norm. An empty batch gives an
-    empty result. Only the "reference" backend can be differentiated twice.
+    empty result. Second derivatives are the reference's.
 
     >>> x, weight = torch.randn(2, 7, 7, 96), torch.randn(192, 384)
     >>> patch_merging(x, torch.ones(384), torch.zeros(384), weight).shape
@@ -130,6 +130,10 @@ def _triton_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
     return reasons
 
 
+def _arguments(*inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    return inputs[:4], {"eps": inputs[4]}
+
+
 # Nothing is kept for the backward: it walks through whole rows of x in any case, so that their mean and rstd cost
 # arithmetic that memory hides, where keeping them would cost 8 bytes a row. The second result is empty.
 def _forward(
@@ -200,7 +204,7 @@ def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return (x, norm_weight, norm_bias, torch.randn(64, 128, device=device)), {}
 
 
-_patch_merging = _backend.define("patch_merging", 4, _forward, _forward_fake, _backward, _backward_fake)
+_patch_merging = _op.define("patch_merging", 4, _forward, _forward_fake, _backward, _backward_fake, _arguments)
 register_flop_formula(torch.ops.florence_fast.patch_merging)(_flops)
 register_flop_formula(torch.ops.florence_fast.patch_merging_backward)(_flops_backward)
 _backend.register_entry(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops import _backend, _sigmoid_loss_native, _sigmoid_loss_torch
+from florence_fast.ops import _backend, _op, _sigmoid_loss_native, _sigmoid_loss_torch
 from florence_fast.ops._contrastive_checks import (
     all_logits,
     check_features,
@@ -55,7 +55,7 @@ def sigmoid_loss(
         ValueError: a shape, a device or a dtype is wrong, or the batch is empty.
         RuntimeError: the backend that was forced cannot run these inputs; the message says why.
 
-    Only the "reference" backend can be differentiated twice.
+    Second derivatives are the reference's.
 
     >>> u = torch.eye(2)
     >>> sigmoid_loss(u, u, logit_scale=20.0, logit_bias=-10.0)   # every logit is +10 or -10, and all are right
@@ -120,6 +120,15 @@ def unsupported_reasons(backend: str, image_features: Tensor, *args: Any, **opti
     return reasons_against("sigmoid_loss", backend, image_features)
 
 
+def _arguments(*inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    return inputs[:5], {}
+
+
+def _differentiable_rows(*inputs: Any) -> Tensor:
+    """Define the result of the op."""
+    return _rows_reference(*inputs[:6])
+
+
 def _forward(
     rows: Tensor,
     cols: Tensor,
@@ -177,7 +186,9 @@ def _implementation(backend: str) -> ModuleType:
     return _sigmoid_loss_native if backend == "cpp" else _sigmoid_loss_torch
 
 
-_sigmoid_loss = _backend.define("sigmoid_loss", 6, _forward, _forward_fake, _backward, _backward_fake)
+_sigmoid_loss = _op.define(
+    "sigmoid_loss", 6, _forward, _forward_fake, _backward, _backward_fake, _arguments, _differentiable_rows
+)
 _backend.register_entry(
     _backend.OpEntry("sigmoid_loss", sigmoid_loss, sigmoid_loss_reference, unsupported_reasons, _example)
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from florence_fast import native
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _window_attention_native, _window_attention_torch
+from florence_fast.ops import _backend, _op, _window_attention_native, _window_attention_torch
 from florence_fast.ops._windows import (
     MAX_LOG_SCALE,
     blocked_pairs,
@@ -86,7 +86,7 @@ def window_attention(
 
     An axis no longer than the window is one window: no shift, no pads, and the bias is read by relative offset at the
     table's centre (of ``bias`` the leading corner). Pads stand between the two ends of a cyclic axis. An empty batch
-    gives an empty result. Only the "reference" backend can be differentiated twice.
+    gives an empty result. Second derivatives are the reference's.
 
     >>> qkv, table = torch.randn(2, 14, 14, 3 * 96), torch.zeros(13 * 13, 3)
     >>> window_attention(qkv, table, window_size=7, num_heads=3, shift_size=3).shape
@@ -277,6 +277,25 @@ def _triton_reasons(
     return reasons
 
 
+def _arguments(
+    qkv: Tensor,
+    rel_pos_bias_table: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor | None,
+    qkv_bias: Tensor | None,
+    window_size: list[int],
+    num_heads: int,
+    shift_size: list[int],
+    scale: float,
+    pad_mode: str,
+    cyclic: list[bool],
+    train: bool,
+) -> tuple[tuple[Tensor, Tensor | None], dict[str, Any]]:
+    options = {"window_size": window_size, "num_heads": num_heads, "shift_size": shift_size, "scale": scale}
+    options |= {"bias": bias, "logit_scale": logit_scale, "pad_mode": pad_mode, "qkv_bias": qkv_bias, "cyclic": cyclic}
+    return (qkv, rel_pos_bias_table), options
+
+
 def _forward(
     qkv: Tensor,
     rel_pos_bias_table: Tensor | None,
@@ -359,7 +378,7 @@ def _implementation(backend: str) -> ModuleType:
     return _window_attention_torch
 
 
-_window_attention = _backend.define("window_attention", 5, _forward, _forward_fake, _backward, _backward_fake)
+_window_attention = _op.define("window_attention", 5, _forward, _forward_fake, _backward, _backward_fake, _arguments)
 _backend.register_entry(
     _backend.OpEntry("window_attention", window_attention, window_attention_reference, unsupported_reasons, _example)
 )

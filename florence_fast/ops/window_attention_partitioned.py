@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_fast.ops import _backend, _window_attention_partitioned_torch
+from florence_fast.ops import _backend, _op, _window_attention_partitioned_torch
 
 MAX_TRITON_TOKENS = 784
 MAX_TRITON_HEAD_DIM = 128
@@ -48,8 +48,8 @@ def window_attention_partitioned(
         ValueError: a shape is wrong.
         RuntimeError: the backend that was forced cannot run these inputs; the message says why.
 
-    A query that may see no key gives NaN. No windows give an empty result. A floating mask gets a gradient. Only the
-    "reference" backend can be differentiated twice.
+    A query that may see no key gives NaN. No windows give an empty result. A floating mask gets a gradient. Second
+    derivatives are the reference's.
 
     >>> q, k, v = torch.randn(3, 8, 3, 49, 32)
     >>> window_attention_partitioned(q, k, v, torch.zeros(3, 49, 49), torch.ones(4, 49, 49).tril().bool()).shape
@@ -143,6 +143,10 @@ def _triton_reasons(q: Tensor) -> list[str]:
     return reasons
 
 
+def _arguments(*inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return inputs[:6], {}
+
+
 # The kernels keep a float32 a row, the log-sum-exp: they compute the probabilities anew. The library calls keep these.
 def _forward(
     q: Tensor,
@@ -204,8 +208,8 @@ def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return (q, k, v, torch.zeros(2, 16, 16, device=device)), {"mask": mask}
 
 
-_window_attention_partitioned = _backend.define(
-    "window_attention_partitioned", 5, _forward, _forward_fake, _backward, _backward_fake
+_window_attention_partitioned = _op.define(
+    "window_attention_partitioned", 5, _forward, _forward_fake, _backward, _backward_fake, _arguments
 )
 _backend.register_entry(
     _backend.OpEntry(

@@ -26,9 +26,9 @@ def summarise(profiler: torch.profiler.profile, steps: int, *, device: bool) -> 
 
     Returns:
         "steps", "time" ("kernels" or "cpu"), "whole_ms" (all kernels, or the step itself), and rows:
-        "ranges" with "name", "calls", "total_ms", "self_ms" (without the ranges inside) and "share" of the whole;
-        "ops" with the same, "self_ms" being without the ops inside; "kernels" with "name", "calls", "total_ms" and
-        "share", empty on a CPU.
+        "ranges" with "name", "calls", "total_ms", "self_ms" (without the ranges inside) and "share", which is
+        "total_ms" over the whole; "ops" with the same, "self_ms" being without the ops inside; "kernels" with "name",
+        "calls", "total_ms" and "share", empty on a CPU.
     """
     events = list(profiler.events())
     kernels = [event for event in events if _is_kernel(event)]
@@ -61,9 +61,7 @@ def range_rows(events: Iterable[Any], whole: float, steps: int, *, device: bool)
         total[event.name] += spent
         if (outer := _enclosing_range(event)) is not None:
             inner[outer.name] += spent
-    rows = [
-        _row(name, calls[name], total[name], total[name] - inner[name], total[name], whole, steps) for name in calls
-    ]
+    rows = [_row(name, calls[name], total[name], total[name] - inner[name], whole, steps) for name in calls]
     return sorted(rows, key=lambda row: -row["total_ms"])
 
 
@@ -75,7 +73,7 @@ def op_rows(averages: Iterable[Any], whole: float, steps: int, *, device: bool) 
         if average.device_type != DeviceType.CPU or average.is_user_annotation or average.key.startswith(PREFIX):
             continue
         own, total = getattr(average, f"self_{kind}_time_total"), getattr(average, f"{kind}_time_total")
-        rows.append(_row(average.key, average.count, total, own, own, whole, steps))
+        rows.append(_row(average.key, average.count, total, own, whole, steps))
     return sorted((row for row in rows if row["self_ms"] > 0), key=lambda row: -row["self_ms"])
 
 
@@ -84,18 +82,18 @@ def kernel_rows(kernels: Iterable[Any], whole: float, steps: int) -> Rows:
     times: dict[str, list[float]] = defaultdict(list)
     for kernel in kernels:
         times[kernel.name].append(_elapsed(kernel))
-    rows = [_row(name, len(each), sum(each), sum(each), sum(each), whole, steps) for name, each in times.items()]
+    rows = [_row(name, len(each), sum(each), sum(each), whole, steps) for name, each in times.items()]
     return sorted(rows, key=lambda row: -row["total_ms"])
 
 
-def _row(name: str, calls: int, total: float, own: float, shared: float, whole: float, steps: int) -> dict[str, Any]:
+def _row(name: str, calls: int, total: float, own: float, whole: float, steps: int) -> dict[str, Any]:
     scale = 1e-3 / steps
     return {
         "name": name,
         "calls": calls / steps,
         "total_ms": total * scale,
         "self_ms": own * scale,
-        "share": shared / whole if whole else 0.0,
+        "share": total / whole if whole else 0.0,
     }
 
 

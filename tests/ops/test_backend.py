@@ -1,6 +1,11 @@
 """How a backend is chosen and forced, and what is said where it cannot run."""
 
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from florence_fast import native, ops
-from florence_fast.ops import _backend
+from florence_fast.ops import _backend, _op
 
 NOT_HERE = "kernels run on the CPU only under TRITON_INTERPRET=1"
 NOT_BUILT = "the native extension was not built"
@@ -87,6 +92,144 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown FLORENCE_FAST_BACKEND 'pytorch'"):
         call()
     assert not _backend._forced
+
+
+def test_each_thread_has_a_backend_of_its_own() -> None:
+    """They enter and leave in an order that would mix up one stack for all."""
+    turns = {name: threading.Barrier(2, timeout=10) for name in ("both in", "first out")}
+    seen: dict[str, list[str]] = {"torch": [], "reference": []}
+
+    def work(name: str, other_leaves_first: bool) -> None:
+        with ops.backend(name):
+            turns["both in"].wait()
+            seen[name].append(chosen())
+            if other_leaves_first:
+                turns["first out"].wait()
+                seen[name].append(chosen())
+        seen[name].append(chosen())
+        if not other_leaves_first:
+            turns["first out"].wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(work, "torch", False), pool.submit(work, "reference", True)]:
+            done.result()
+    assert seen == {"torch": ["torch", AUTO], "reference": ["reference", "reference", AUTO]}
+    assert chosen() == AUTO
+
+
+def test_a_thread_without_a_setting_follows_the_main_thread() -> None:
+    def inside() -> str:
+        with ops.backend("reference"):
+            return chosen()
+
+    with ThreadPoolExecutor(1) as pool, ops.backend("torch"):
+        assert pool.submit(chosen).result() == "torch"
+        assert pool.submit(inside).result() == "reference"
+        assert pool.submit(chosen).result() == "torch"
+    assert chosen() == AUTO
+
+
+def test_a_compiled_function_follows_the_backend_of_the_thread_that_calls_it() -> None:
+    torch.compiler.reset()
+    (args, kwargs) = ops.OPS["l2_normalize"].example("cpu")
+    which = torch.compile(lambda x: x + _backend.BACKENDS.index(_backend.choose("l2_normalize", *args, **kwargs)),
+                          fullgraph=True, backend="eager")  # fmt: skip
+
+    def called(name: str) -> str:
+        with ops.backend(name):
+            return _backend.BACKENDS[int(which(torch.zeros(())))]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert [called("reference"), called("torch"), called("auto")] == ["reference", "torch", AUTO]
+        with ops.backend("reference"):
+            assert pool.submit(called, "torch").result() == "torch"
+            assert called("torch") == "torch"
+            assert _backend.BACKENDS[int(which(torch.zeros(())))] == "reference"
+
+
+PRECISIONS = [("highest", False), ("high", True), ("medium", True)]
+
+
+@pytest.fixture
+def same_precision_afterwards() -> Iterator[None]:
+    before = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="new in torch 2.9")
+def test_tf32_by_either_setting_of_torch(same_precision_afterwards: None) -> None:
+    x, matmul = torch.zeros(2), torch.backends.cuda.matmul
+    for word, allowed in PRECISIONS:
+        torch.set_float32_matmul_precision(word)
+        assert _backend.allows_tf32(x) is allowed
+    for word, allowed in (("ieee", False), ("tf32", True), ("none", False)):
+        matmul.fp32_precision = word
+        assert _backend.allows_tf32(x) is allowed
+        assert not _backend.allows_tf32(x.half())
+    torch.backends.fp32_precision = "tf32"
+    assert _backend.allows_tf32(x)
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched on the device in force, which need not be that of the tensors, reads memory of another one."""
+    entered: list[Any] = []
+
+    class Device:
+        def __init__(self, device: Any) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            entered.append("left")
+
+    class OnGPU:
+        is_cuda, device = True, torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with _op._on_device_of(OnGPU()):
+        entered.append("launched")
+    assert entered == [torch.device("cuda", 1), "launched", "left"]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with _op._on_device_of(OnGPU()), _op._on_device_of(torch.zeros(1)):
+        assert len(entered) == 3
+
+
+@pytest.mark.parametrize("name", ["l2_normalize", "nms"])
+def test_every_launch_is_guarded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[bool] = []
+
+    @contextmanager
+    def guard(x: torch.Tensor) -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    launched: list[int] = []
+    module = import_module(f"florence_fast.ops._{name}_native" if native.extension() else "florence_fast.ops.nms")
+    function = {"l2_normalize": "l2_normalize_fwd", "nms": "nms_kept"}[name]
+    real = getattr(module, function)
+    monkeypatch.setattr(_op, "_on_device_of", guard)
+    monkeypatch.setattr(module, function, lambda *args: (launched.append(len(inside)), real(*args))[1])
+    args, kwargs = ops.OPS[name].example("cpu")
+    ops.OPS[name].function(*args, **kwargs)
+    assert launched == [1]
+
+
+def test_the_compiler_is_not_imported_before_it_is_used() -> None:
+    program = """
+import sys, torch
+from florence_fast import ops
+for entry in ops.OPS.values():
+    args, kwargs = entry.example("cpu")
+    entry.function(*args, **kwargs)
+assert "torch._dynamo" not in sys.modules, sorted(n for n in sys.modules if n.startswith("torch._dynamo"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_explain_lists_every_op_and_backend() -> None:

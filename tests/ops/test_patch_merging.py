@@ -268,17 +268,18 @@ def test_activation_checkpointing() -> None:
     assert all(torch.equal(x, got[name]) for name, x in run(patch_merging, tensors, grad_out).items())
 
 
-def test_second_derivatives_are_refused_by_torch_and_given_by_reference() -> None:
+def test_second_derivatives_are_those_of_the_reference() -> None:
     tensors = make((1, 3, 3, 2), torch.float32)
 
     def second_derivative() -> Tensor:
         (grad,) = torch.autograd.grad(patch_merging(*tensors).square().sum(), tensors[0], create_graph=True)
         return torch.autograd.grad(grad.square().sum(), tensors[3])[0]
 
-    with pytest.raises(RuntimeError, match="patch_merging_backward"):
-        second_derivative()
+    found = second_derivative()
     with ops.backend("reference"):
-        assert second_derivative().any()
+        wanted = second_derivative()
+    assert wanted.any()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_auto_takes_native_kernels_on_a_cpu_and_the_library_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
