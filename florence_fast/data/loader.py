@@ -266,7 +266,7 @@ class PairLoader:
         """Remember an unreadable pair and name it in the log, once."""
         if index not in self._faults:
             self._faults[index] = reason = printable(reason)
-            logger.warning("skipping pair %d, %s: %s", index, self.source.describe(index), reason)
+            logger.warning("skipping pair %d, %s: %s", index, printable(self.source.describe(index)), reason)
 
     def _replace(self, slots: Slots, slot: int, decoded: Decoded, start: Start) -> None:
         """Let the next readable pair of the sequence stand in for an unreadable one."""
@@ -304,7 +304,9 @@ class PairLoader:
             )
 
     def _first_faults(self, most: int = NAMED_IN_ERROR) -> str:
-        named = [f"{self.source.describe(index)}: {reason}" for index, reason in list(self._faults.items())[:most]]
+        named = [
+            f"{printable(self.source.describe(index))}: {reason}" for index, reason in list(self._faults.items())[:most]
+        ]
         more = len(self._faults) - len(named)
         return "; ".join(named) + (f"; and {more} more" if more else "")
 

@@ -7,6 +7,7 @@ can depend on its seed alone. What is wrong with a single pair shows when it is 
 
 import difflib
 import glob
+import logging
 import os
 import reprlib
 from abc import ABC, abstractmethod
@@ -23,6 +24,8 @@ from florence_fast.printable import has_half_character, printable
 from florence_fast.strict_json import BYTE_ORDER_MARK
 
 __all__ = ["Concat", "PairSource", "PairText", "Subset", "open_pairs", "open_picture"]
+
+logger = logging.getLogger(__name__)
 
 # A longer text is no caption, and normalising one of many accents takes time that grows with its square.
 MAX_TEXT = 10_000
@@ -176,10 +179,10 @@ def open_pairs(
     from florence_fast.data.shards import TarPairs, expand_braces, is_tar
     from florence_fast.data.tables import SUFFIXES, TablePairs, is_table
 
-    specs = [spec] if isinstance(spec, str | os.PathLike) else list(spec)
+    specs = [os.fsdecode(item) for item in ([spec] if isinstance(spec, str | bytes | os.PathLike) else spec)]
     separator = parse_separator(separator)
     _refuse_remote(specs)
-    written = [path for item in specs for joined in os.fspath(item).split("::") for path in expand_braces(joined)]
+    written = [path for item in specs for joined in item.split("::") for path in expand_braces(joined)]
     paths = [path for item in written for path in _expand_glob(item)]
     if not paths:
         raise ValueError("spec must name at least one file or folder of image-text pairs, got none")
@@ -215,13 +218,21 @@ def _open_folder(folder: Path, max_pixels: int) -> PairSource:
     from florence_fast.data.folders import FolderPairs
     from florence_fast.data.shards import TarPairs, is_tar
 
-    tars = sorted(path for path in folder.iterdir() if is_tar(path) and not path.name.startswith("."))
-    return TarPairs(tars, max_pixels=max_pixels) if tars else FolderPairs(folder, max_pixels=max_pixels)
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    tars = [path for path in entries if is_tar(path) and path.is_file()]
+    if not tars:
+        return FolderPairs(folder, max_pixels=max_pixels)
+    if others := sorted(set(entries) - set(tars)):
+        logger.warning(
+            "%s: read as %d shards; %d other files and folders in it are left out (%s%s)",
+            *(printable(folder), len(tars), len(others), printable(others[0].name), ", ..." if others[1:] else ""),
+        )
+    return TarPairs(tars, max_pixels=max_pixels)
 
 
-def _refuse_remote(specs: Sequence[object]) -> None:
+def _refuse_remote(specs: Sequence[str]) -> None:
     for spec in specs:
-        for part in str(spec).split("::"):
+        for part in spec.split("::"):
             if part.startswith(REMOTE):
                 raise ValueError(
                     f"only local files are read, got {part!r}: remote and piped shards cannot be resumed in order; "

@@ -153,7 +153,7 @@ def _readable(source: Pictures, read: Callable[[int], Item], max_bad_share: floa
         try:
             item = read(index)
         except UNREADABLE as error:
-            broken.append(source.describe(index))
+            broken.append(printable(source.describe(index)))
             log.warning("skipped %s: %s", broken[-1], printable(error))
             if len(broken) == index + 1 == JUDGED_AFTER and max_bad_share < 1:
                 raise BadDataError(

@@ -284,6 +284,14 @@ def test_a_folder_of_tars_is_read_as_shards(tmp_path: Path) -> None:
     assert [source.texts(i).text for i in range(len(source))] == [f"text {name}" for name in "abcdefgh"]
 
 
+def test_what_lies_beside_shards_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", sample("x", "text"))
+    (tmp_path / "b.csv").write_text("filepath,title\n")
+    (tmp_path / "c").mkdir()
+    assert len(open_pairs(os.fsencode(tmp_path))) == 1
+    assert "read as 1 shards; 2 other files and folders in it are left out (b.csv, ...)" in caplog.text
+
+
 def test_several_sources_are_joined_in_order(folder: Path) -> None:
     (folder / "1.csv").write_text("filepath,title\na.png,one\na.png,two\n")
     (folder / "2.csv").write_text("filepath,title\nb.png,three\n")
