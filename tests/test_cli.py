@@ -1,5 +1,6 @@
 """The command line: what it answers, its exit codes, and that wrong usage is one clear line with exit code 2."""
 
+import io
 import json
 import os
 import signal
@@ -325,6 +326,20 @@ def test_evaluate_reads_the_columns_that_its_flags_name(pairs, tmp_path, capsys)
         assert json.loads(capsys.readouterr().out)["images"] == 3
         shown = refused(capsys, "evaluate", task, "--data", tmp_path / "own.csv", "--csv-separator", ", ")
         assert "separator must be one character" in shown
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_names_that_the_terminal_cannot_show_are_escaped(pictures, tmp_path, monkeypatch, encoding):
+    name = "größe\x1b[2J" + os.fsdecode(b"\xe9")
+    (pictures / "red.png").rename(pictures / f"{name}.png")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding, errors="strict"))
+    out = tmp_path / name
+    assert main(["search", "--images", str(pictures), "--query", f"red {name}", "--out", str(out), *TINY]) == 0
+    sys.stdout.flush()
+    assert b"\x1b" not in shown.getvalue() and rb"\x1b[2J\xe9" in shown.getvalue()
+    hits = json.loads((out / "results.json").read_text(encoding="utf-8"))["hits"]
+    assert str(pictures / f"{name}.png") in [hit["path"] for hit in hits]
 
 
 def test_info_lists_versions_variables_and_reasons(capsys, monkeypatch):

@@ -71,6 +71,7 @@ def _root(
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``args`` are the process's own by default."""
     args = list(sys.argv[1:] if args is None else args)
+    _let_every_name_be_shown()
     try:
         with _terminable():
             return _run(args)
@@ -123,6 +124,13 @@ def _terminable() -> Iterator[None]:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
+
+
+def _let_every_name_be_shown() -> None:
+    """Escape what a terminal's encoding lacks: a name that it cannot show must not end a command after its work."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _let_go_of_closed_streams() -> None:

@@ -59,4 +59,4 @@ def command(
     found = [{"path": str(hit.path), "score": hit.score} for hit in hits]
     write_json(out / "results.json", {"query": query, "model": model, "pretrained": pretrained, "hits": found})
     sheet = write_text(out / "contact_sheet.html", contact_sheet(query, hits, images))
-    print(f"contact sheet: {sheet}")
+    print(f"contact sheet: {printable(sheet)}")
