@@ -63,6 +63,8 @@ class _Walk:
                 path = folder / entry.name
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(path)
+                elif entry.is_file(follow_symlinks=False):  # known without asking the disk
+                    found.append(path)
                 elif path.is_dir():
                     self._links.append(path)
                 elif path.is_file():

@@ -43,7 +43,9 @@ class FolderPairs(PairSource):
         if not self.pictures:
             held = f"; it holds {left_out}" if left_out else ""
             raise ValueError(f"{printable(folder)} holds no picture; known are {', '.join(sorted(SUFFIXES))}{held}")
-        unnamed = [path for path in self.pictures if path.with_suffix("") not in self._captions]
+        unnamed = self.pictures
+        if self._captions:
+            unnamed = [path for path in unnamed if path.with_suffix("") not in self._captions]
         if len(unnamed) == len(self.pictures) and all(path.parent == folder for path in unnamed):
             raise ValueError(
                 f"none of the {len(self.pictures)} pictures in {printable(folder)} has a text: wanted NAME.txt beside "
@@ -74,7 +76,7 @@ class FolderPairs(PairSource):
         return printable(self.pictures[index])
 
     def _class_folder(self, path: Path) -> str:
-        return path.relative_to(self.folder).parts[0]
+        return path.parts[len(self.folder.parts)]
 
     def _refuse_what_is_no_class(self, classes: list[str]) -> None:
         parts = [name for name in classes if _SPLIT.fullmatch(name)]
@@ -119,7 +121,8 @@ def _sort_by_kind(files: Iterable[Path], left_out: LeftOut) -> tuple[list[Path],
             left_out.add(
                 f"of kind {printable(path.suffix.lower(), 20)}" if path.suffix else "without a suffix", path.name
             )
-    left_out.add("texts without a picture", *sorted(captions.keys() - {path.with_suffix("") for path in pictures}))
+    if captions:
+        left_out.add("texts without a picture", *sorted(captions.keys() - {path.with_suffix("") for path in pictures}))
     return pictures, captions
 
 
