@@ -40,9 +40,7 @@ class Workers:
         self, decoder: Decoder, num_workers: int, timeout: float, stopping: Callable[[], bool] = lambda: False
     ) -> None:
         self._source, self._timeout, self._stopping = decoder.source, timeout, stopping
-        # Forked where that exists: scripts need no `if __name__ == "__main__"`, and the source is not copied.
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
+        context = _Context()
         self._progress = _Progress(context, num_workers)
         self._pool = ProcessPoolExecutor(num_workers, context, _start_worker, (decoder, os.getpid(), self._progress))
 
@@ -101,6 +99,22 @@ class Workers:
         named = [f"sample {index} ({self._source.describe(index)})" for index in indices[:NAMED_IN_ERROR]]
         more = len(indices) - len(named)
         return ", ".join(named) + (f" and {more} more" if more else "") or "no sample"
+
+
+# Forked where that exists: scripts need no `if __name__ == "__main__"`, and the source is not copied.
+_METHOD = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+
+
+class _Process(_METHOD.Process):
+    """A worker ignores SIGTERM, by which the pool ends the others when one has died: it would wait for ever."""
+
+    def terminate(self) -> None:
+        """End the process by SIGKILL; it has nothing to save."""
+        self.kill()
+
+
+class _Context(type(_METHOD)):
+    Process = _Process
 
 
 class _Progress:

@@ -97,6 +97,20 @@ def test_a_worker_that_dies_is_an_error_and_not_a_hang(list_pairs: Callable[...,
     assert children() == others
 
 
+def test_when_one_worker_is_killed_the_others_end_though_nobody_waits(list_pairs: Callable[..., ListPairs]) -> None:
+    others = set(children())
+    batches = PairLoader(list_pairs(60), batch_size=40, image_size=2, num_workers=3).batches(0)
+    next(batches)
+    first, *_ = set(children()) - others
+    os.kill(first, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while set(children()) - others:
+        assert time.monotonic() < deadline, "idle workers are left"
+        time.sleep(0.05)
+    with pytest.raises(WorkerError, match="a decoding worker died"):
+        list(islice(batches, 5))
+
+
 class StuckPairs(ListPairs):
     """Pair 3 stops the process that decodes it, as a dead network drive does; the others are fine."""
 
