@@ -254,7 +254,7 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_traceback():
     command = [sys.executable, "-m", "florence_fast", "info", "--json"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_train_flags_set_the_fields_that_they_name(pairs, tmp_path, monkeypatch):

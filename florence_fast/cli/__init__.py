@@ -1,7 +1,7 @@
 """The command line ``florence-fast``: thin commands over the Python surface.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage (one line says what is wrong), 130 interrupted, 143 terminated (128 plus
-the number of the signal, as shells have it), 141 nobody reads what is printed. A failure of a kind that we foresaw is
+the number of the signal, as shells have it). A failure of a kind that we foresaw is
 one line too; any other keeps its traceback, which a bug report needs. Modules that need torch are imported by the
 commands that use them, so ``--help`` answers at once.
 """
@@ -86,8 +86,6 @@ def _run(args: list[str]) -> int:
         code = typer.main.get_command(app).main(args or ["--help"], prog_name=NAME, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _complain(*_ENDED[130])
-    except BrokenPipeError:
-        return 141
     except WrongUsage as error:
         return _complain(str(error), 2)
     except OSError as error:
