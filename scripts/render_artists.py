@@ -1,8 +1,8 @@
 """Draw the demo's pictures: emoji by seven artists, with their names and Unicode's keywords.
 
 Each npm package below holds SVG bodies by name. Every body is rendered at 64 x 64 on white and stored as
-WebP in one WebDataset tar an artist: ``<name>.webp`` beside ``<name>.json`` with ``text`` (the name),
-``short_name`` and ``keywords`` (Unicode CLDR). Times, owners and order are fixed, so a second run
+WebP in one WebDataset tar an artist: ``<name>.webp`` beside ``<name>.json`` with ``text`` (the name
+in words), ``short_name`` and ``keywords`` (Unicode CLDR). Times, owners and order are fixed, so a second run
 writes the same bytes.
 
     pip install resvg-py==0.5.0 pillow
@@ -13,14 +13,13 @@ import argparse
 import gzip
 import io
 import json
-import re
 import subprocess
 import tarfile
 import tempfile
-import unicodedata
 from pathlib import Path
 
 import resvg_py
+from glued_names import Speller, compact
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -36,6 +35,7 @@ ARTISTS = {
 ANNOTATIONS = "cldr-annotations-full@48.2.0"
 # Sets that map code points to icon names: the bridge from a name to Unicode's keywords.
 CODE_POINT_SETS = ("fluent-emoji-flat", "noto")
+GLUED_ARTIST = "fxemoji"  # writes a name as one word
 FLUENT_SKIN_TONES = ("-light", "-medium-light", "-medium", "-medium-dark", "-dark")
 IMAGE_SIZE = 64
 
@@ -51,12 +51,6 @@ def read_json(archive: tarfile.TarFile, suffix: str) -> dict:
     """Parse the one member whose path ends in ``suffix``."""
     (member,) = [m for m in archive.getmembers() if m.name.endswith(suffix)]
     return json.load(archive.extractfile(member))
-
-
-def compact(name: str) -> str:
-    """Letters and digits alone: 'alarm-clock', 'Alarm clock' and 'alarmclock' meet here."""
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    return re.sub(r"[^a-z0-9]", "", plain.lower())
 
 
 def is_base_picture(artist: str, name: str) -> bool:
@@ -124,14 +118,18 @@ def main() -> None:
         archives = {a: npm_pack(f"@iconify-json/{a}@{v}", Path(folder)) for a, v in ARTISTS.items()}
         code_points = [read_json(archives[a], "package/chars.json") for a in CODE_POINT_SETS]
         annotations = annotations_by_name(npm_pack(ANNOTATIONS, Path(folder)), code_points)
-        for artist, archive in archives.items():
-            icons = read_json(archive, "package/icons.json")
-            samples, annotated = [], 0
-            names = sorted(n for n in icons["icons"] if is_base_picture(artist, n))
+        icons_of = {artist: read_json(archive, "package/icons.json") for artist, archive in archives.items()}
+        names_of = {a: sorted(n for n in icons["icons"] if is_base_picture(a, n)) for a, icons in icons_of.items()}
+        in_words = [name for artist, names in names_of.items() if artist != GLUED_ARTIST for name in names]
+        annotations_words = [words for short, keywords in annotations.values() for words in (short, *keywords)]
+        speller = Speller(in_words, annotations_words)
+        for artist, icons in icons_of.items():
+            samples, annotated, names = [], 0, names_of[artist]
             for name in tqdm(names, desc=artist):
-                text = {"text": name.replace("-", " ")}
-                if compact(name) in annotations:
-                    text["short_name"], text["keywords"] = annotations[compact(name)]
+                words = name.replace("-", " ")
+                text = {"text": speller.spell(words) if artist == GLUED_ARTIST else words}
+                if compact(text["text"]) in annotations:
+                    text["short_name"], text["keywords"] = annotations[compact(text["text"])]
                     annotated += 1
                 samples += [(f"{name}.json", json.dumps(text).encode()), (f"{name}.webp", render(icons, name))]
             write_shard(out / f"{artist}.tar.gz", samples)

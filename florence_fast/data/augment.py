@@ -13,14 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from florence_fast.data.grounds import draw_grounds, opacity
+
+HARD_RIM = 0.2  # share of the replaced grounds that leave the drawing's rim mixed with white
+
 
 @dataclass(frozen=True)
 class BatchAugment:
     """Random affine and colour changes, then normalisation: uint8 pictures in, float tensors out.
 
     Every draw comes from a generator seeded by (``seed``, ``step``), so a resumed run sees the same pictures.
-    The region outside a turned or shrunk picture is white. A strength of 0 switches its change off, and with
-    all of them at 0 the result is only resized and normalised.
+    The region outside a turned or shrunk picture is white, or its ground. A strength of 0 switches its change off, and
+    with all of them at 0 the result is only resized and normalised.
 
     Args:
         mean: channel means subtracted, in [0, 1].
@@ -34,6 +38,7 @@ class BatchAugment:
         grey: probability of a grey picture.
         contrast: largest change of contrast either way, as a natural logarithm.
         brightness: largest shift of brightness either way, in [0, 1].
+        grounds: probability that the white around a drawing is replaced; see `draw_grounds`.
     """
 
     mean: Sequence[float]
@@ -47,10 +52,14 @@ class BatchAugment:
     grey: float = 0.1
     contrast: float = 0.4
     brightness: float = 0.15
+    grounds: float = 0.0
 
     def strengthened(self, factor: float) -> "BatchAugment":
-        """Return the same with every strength multiplied by ``factor``; 0 leaves resizing and normalisation alone."""
-        strengths = [field.name for field in fields(self) if field.name not in ("mean", "std")]
+        """Return the same with every strength multiplied by ``factor``, ``grounds`` aside.
+
+        A factor of 0 leaves resizing and normalisation alone, and the grounds.
+        """
+        strengths = [field.name for field in fields(self) if field.name not in ("mean", "std", "grounds")]
         return replace(self, **{name: factor * getattr(self, name) for name in strengths})
 
     def __call__(self, images: Tensor, image_size: int, seed: int, step: int) -> Tensor:
@@ -78,13 +87,30 @@ class BatchAugment:
         if x.shape[-2:] != (image_size, image_size):
             # Averaged down before it is turned: bilinear sampling alone would skip pixels.
             x = F.interpolate(x, size=(image_size, image_size), mode="area")
-        x = self._recolour(self._warp(x, generator), generator)
+        x = self._recolour(self._place(x, generator), generator)
         mean = torch.tensor(self.mean, device=x.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=x.device).view(3, 1, 1)
         return (x - mean) / std
 
-    def _warp(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Turn, scale, shear and shift each picture by its own affine map, white outside."""
+    def _place(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Turn, scale, shear and shift each picture by its own affine map, and give some another ground."""
+        grid = self._grid(x, generator)
+        # grid_sample fills with zeros; on the negative that is white.
+        moved = 1 - F.grid_sample(1 - x, grid, align_corners=False)
+        if not self.grounds:
+            return moved
+        chosen = (torch.rand(len(x), generator=generator) < self.grounds).nonzero()[:, 0]
+        # Some keep a white rim, as drawings have that people cut out.
+        hard = torch.rand(len(chosen), 1, 1, 1, generator=generator) < HARD_RIM
+        ground = draw_grounds(len(chosen), x.shape[-1], generator).to(x.device)
+        chosen = chosen.to(x.device)
+        share = F.grid_sample(opacity(x[chosen]), grid[chosen], align_corners=False)
+        share = torch.where(hard.to(x.device) & (share > 0), 1, share)
+        moved[chosen] += (1 - share) * (ground - 1)
+        return moved
+
+    def _grid(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw an affine map for each picture, and return the places (B, H, W, 2) that its pixels come from."""
 
         def uniform(bound: float) -> Tensor:
             return (torch.rand(len(x), generator=generator, device="cpu") * 2 - 1) * bound
@@ -96,9 +122,7 @@ class BatchAugment:
         rows = [cos * width, shear - sin * height, uniform(self.translate)]
         rows += [sin * width, cos * height, uniform(self.translate)]
         theta = torch.stack(rows, 1).view(-1, 2, 3).to(x.device)
-        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-        # grid_sample fills with zeros; on the negative that is white.
-        return 1 - F.grid_sample(1 - x, grid, align_corners=False)
+        return F.affine_grid(theta, list(x.shape), align_corners=False)
 
     def _recolour(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Mix the channels near the identity, some to grey, then change contrast and brightness."""
