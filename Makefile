@@ -1,5 +1,6 @@
-# Every target sets itself up on a fresh machine: a virtual environment in .venv with exactly constraints.txt, and
-# beside it, for the budget alone, the Triton that torch 2.11 brings: its code is not the same.
+# Every target sets itself up on a fresh machine: a virtual environment in .venv with versions from constraints.txt.
+# It installs what it needs and no more: `make demo` the package alone, `make test` the test tools as well, and
+# `make budget` a second Triton, that of torch 2.11, whose code is not the same.
 #   make demo        pretrain florence_nano on the shipped pictures, test it on an artist it has never seen
 #   make demo-long   the same for up to an hour; either, interrupted, continues where it stopped
 #   make test        the quick tests          make test-all   the slow ones too
@@ -34,13 +35,13 @@ demo: native
 demo-long: native
 	$(BIN)/florence-fast demo --long --resume --out runs/demo-long
 
-test: native
+test: .venv/ready native
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: native
+test-all: .venv/ready native
 	$(PYTEST) -m "not gpu"
 
-native: .venv/ready
+native: .venv/base
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 # The sanitizers' runtime has to be in the process before Python is, which itself leaks on purpose.
@@ -54,24 +55,24 @@ sanitize amx: .venv/ready
 	$(BIN)/python -m pytest --quiet -m "native and not slow"; status=$$?; rm -f florence_fast/_C*.so; exit $$status
 
 # Their packages stay in build/compat, from one run to the next.
-compat: native
+compat: .venv/ready native
 	$(BIN)/python -m bench.releases
 
-budget: .venv/ready
+budget: .venv/ready .venv/triton-3.6.0/ready
 	$(BIN)/python -m bench.budget --full --check --require-both --json bench/results/budget.json --picture docs
 	$(BIN)/python -m bench.page
 	$(BIN)/python -m bench.queue
 
-bench: native
+bench: .venv/ready native
 	$(BIN)/python -m bench.cpu
 
-bench-cpu: native
+bench-cpu: .venv/ready native
 	$(BIN)/python -m bench.cpu_native
 
 gpu:
 	$(PYTHON) -m bench.gpu
 
-report: .venv/ready
+report: .venv/base
 	$(BIN)/python -m bench.report
 
 lint: .venv/ready
@@ -82,11 +83,18 @@ clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is written last, so an installation that was cut short is done again.
-.venv/ready: pyproject.toml setup.py constraints.txt
+# A stamp is written last, so an installation that was cut short is done again.
+.venv/base: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) setuptools pybind11 ninja
+	FLORENCE_FAST_NO_NATIVE=1 $(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+.venv/ready: .venv/base
 	FLORENCE_FAST_NO_NATIVE=1 $(INSTALL) --no-build-isolation --editable '.[test,dev,tensorboard]'
+	@touch $@
+
+.venv/triton-3.6.0/ready: .venv/base
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton-3.6.0 triton==3.6.0
 	@touch $@

@@ -1,11 +1,13 @@
 """``florence-fast demo``: the whole story in one command."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from florence_fast.cli.usage import (
+    Device,
     exit_if_interrupted,
     one_of,
     pick_device,
@@ -19,6 +21,19 @@ def command(
         "runs/demo"
     ),
     long: Annotated[bool, typer.Option("--long", help="Train for up to an hour instead of minutes.")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--minutes",
+            min=0.1,
+            help="Train as many steps as fit into this time on this machine.",
+            show_default="the recipe's steps",
+        ),
+    ] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option("--pretrained", help="Go on from weights; 'artists' are the shipped ones.", show_default="none"),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Train this many steps only: a rehearsal.", show_default="all")
     ] = None,
@@ -27,17 +42,26 @@ def command(
     ] = "unicl",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the data order, augmentation and weights.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")] = "cpu",
+    device: Device = None,
 ) -> None:
-    """Train on pictures by six artists, then read a seventh.
+    """Show what the shipped weights read, then train on pictures by six artists and read a seventh.
 
     florence_nano learns the names of 8,666 pictures and is then asked about those of an artist that it has never
     seen. The folder gets results.json, curves, a report with pictures, and the weights.
     """
+    from florence_fast.models.pretrained import find_pretrained
+
     with refusals_as_wrong_usage():
         device = pick_device(device)
+        if minutes is not None and (steps is not None or not math.isfinite(minutes)):
+            raise ValueError(f"--minutes must be a finite number, without --steps, got {minutes} and {steps} steps")
+        if long and pretrained:
+            raise ValueError("--long trains from nothing and --pretrained goes on from weights: give one of them")
+        if pretrained:
+            find_pretrained("florence_nano", pretrained)
     if not resume:
         refuse_earlier_run(out / "training")
     from florence_fast.demo import run
 
-    exit_if_interrupted(run(out, long=long, steps=steps, loss=loss, resume=resume, seed=seed, device=device))
+    settings = {"long": long, "pretrained": pretrained, "minutes": minutes, "steps": steps, "loss": loss, "seed": seed}
+    exit_if_interrupted(run(out, resume=resume, device=device, **settings))

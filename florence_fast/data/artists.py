@@ -30,6 +30,6 @@ def artists_test() -> PairSource:
 
 
 def artists_names() -> list[str]:
-    """The 2,921 names of the training pictures, sorted: the classes of the zero-shot test."""
+    """The 2,660 names of the training pictures, sorted: the classes of the zero-shot test."""
     source = artists_train()
     return sorted({source.texts(index).text for index in range(len(source))})

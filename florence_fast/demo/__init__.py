@@ -1,10 +1,11 @@
 """The demo: learn words from pictures by six artists, then read a seventh, never seen.
 
-``run`` trains ``florence_nano`` from nothing with the same engine as ``florence-fast train``, measures it on the
-held-out artist and writes a folder that explains itself.
+``run`` shows what the shipped weights do, trains ``florence_nano`` from nothing with the same engine as
+``florence-fast train``, measures it on the held-out artist and writes a folder that explains itself.
 """
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from rich.table import Table
 
 from florence_fast.data.artists import artists_names, artists_test, artists_train
 from florence_fast.demo.curves import draw_curves
-from florence_fast.demo.recipe import LONG, QUICK, rehearsal
+from florence_fast.demo.grounds import on_grounds
+from florence_fast.demo.plan import Plan, measure_speed, predict_seconds, say_minutes, steps_in
+from florence_fast.demo.recipe import EVALUATIONS, FURTHER, LONG, QUICK, rehearsal
 from florence_fast.demo.report import write_report
 from florence_fast.demo.sheets import draw_queries, draw_readings
+from florence_fast.demo.shipped import show_shipped
 from florence_fast.evaluate import retrieval, zero_shot
 from florence_fast.evaluate.features import encode_images, evaluation_transform
 from florence_fast.files import write_json
 from florence_fast.models import create_model, get_tokenizer
+from florence_fast.precision import resolve_precision
 from florence_fast.provenance import provenance
 from florence_fast.strict_json import parse_json
 from florence_fast.text_files import read_json, read_lines
@@ -31,6 +36,7 @@ __all__ = ["run"]
 logger = logging.getLogger(__name__)
 
 MODEL = "florence_nano"
+PLAN = "plan.json"
 BASELINE = Path(__file__).parents[2] / "bench" / "results" / "demo_clip_baseline.json"
 
 
@@ -38,21 +44,26 @@ def run(
     out: Path,
     *,
     long: bool = False,
+    pretrained: str | None = None,
+    minutes: float | None = None,
     steps: int | None = None,
     loss: str = "unicl",
     resume: bool = False,
     seed: int = 0,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train, evaluate on the unseen artist, and write the report.
+    """Show the shipped weights, train, evaluate on the unseen artist, and write the report.
 
     Args:
         out: folder for ``results.json``, ``curves.png``, ``queries.png``, ``readings.png``, ``report.html``,
-            ``model/`` (weights and config) and ``training/`` (checkpoints and logs).
+            ``plan.json`` (the steps of each stage), ``model/`` (weights and config) and ``training/`` (checkpoints and
+            logs).
         long: take the recipe of an hour instead of the one of minutes.
+        pretrained: weights to go on from, with a shorter recipe; None trains from nothing.
+        minutes: take as many steps as fit, by the speed of this machine; None takes the recipe's own number.
         steps: train this many steps only: a rehearsal of the whole path, whose figures mean nothing.
         loss: "unicl", or "clip" for the comparison in which only a picture's own text is right.
-        resume: go on with the run in ``out``; without it an earlier run there is an error.
+        resume: go on with the run in ``out``, by its ``plan.json``; without it an earlier run there is an error.
         seed: of the weights, the data order and the augmentation.
         device: where the network is trained and asked.
 
@@ -61,34 +72,57 @@ def run(
 
     Raises:
         FileExistsError: ``out`` holds an earlier run and ``resume`` is False.
+        ValueError: ``minutes`` is not positive, or ``out`` holds a run of another recipe.
 
     >>> run(Path("runs/demo"))["zero_shot"]["top1"]
     """
-    recipe = LONG if long else QUICK
-    config = recipe.config(loss=loss, seed=seed)
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"minutes must be a positive number, got {minutes!r}")
+    if not resume and any((out / "training" / "checkpoints").glob("step_*.pt")):
+        raise FileExistsError(f"{out} holds a run already: resume=True goes on with it, another folder starts anew")
+    console = Console(markup=False, highlight=False)
+    recipe = FURTHER if pretrained else LONG if long else QUICK
+    precision = resolve_precision("auto", device)
+    config = recipe.config(loss=loss, seed=seed, precision=precision)
+    kept = Plan.read(out / PLAN, recipe.name, len(config.stages)) if resume and (out / PLAN).is_file() else None
+    shipped = show_shipped(MODEL, device, precision, console)
+    torch.manual_seed(seed)
+    model, tokenizer = create_model(MODEL, pretrained=pretrained, device=device), get_tokenizer(MODEL)
+    names, test, augment = artists_names(), artists_test(), recipe.augment(model.config)
     if steps is not None:
         config = rehearsal(config, steps)
-    torch.manual_seed(seed)
-    model, tokenizer = create_model(MODEL, device=device), get_tokenizer(MODEL)
-    names, test = artists_names(), artists_test()
+    else:
+        speed = measure_speed(model, tokenizer, names, config, augment)
+        chosen = tuple(stage.steps for stage in config.stages)
+        if minutes is not None:
+            chosen = steps_in(minutes, config, speed, EVALUATIONS)
+        plan = kept or Plan(recipe.name, chosen, minutes)
+        config = recipe.config(loss=loss, seed=seed, precision=precision, stages=plan.stages(config.stages))
+        console.print(f"Training from {pretrained or 'nothing'}: {config.total_steps:,} steps of {config.batch_size}.")
+    interval, begun = config.save_every_steps, None
 
-    def measure(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any]:
-        """Ask for the unseen artist at the size of the current stage."""
+    def on_interval(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any] | None:
+        """After the first ten steps say how long it takes; now and then ask for the unseen artist."""
+        nonlocal begun
         size = config.stage_at(trainer.step - 1)[1].image_size
-        found = zero_shot(model, tokenizer, test, names, transform=evaluation_transform(model, size))
+        if steps is None and begun is None:
+            begun = trainer.step
+            slower = record["batch_time"] / speed[size]
+            left = slower * predict_seconds(config, speed, interval, trainer.step)
+            logger.info("%s on this machine", say_minutes(left))
+        if trainer.step % interval and trainer.step < config.total_steps:
+            return None
+        transform = evaluation_transform(model, size)
+        found = zero_shot(model, tokenizer, test, names, transform=transform, precision=precision)
         shares = {key: found[key] for key in ("top1", "top5", "top10")}
         logger.info("unseen artist at %d px: top-1 %.3f, top-5 %.3f", size, shares["top1"], shares["top5"])
         return {"image_size": size, **shares}
 
     trainer = Trainer(
-        model,
-        tokenizer,
-        artists_train(),
-        config,
-        out / "training",
-        augment=recipe.augment(model.config),
-        on_interval=measure,
+        model, tokenizer, artists_train(), config, out / "training", augment=augment, on_interval=on_interval
     )
+    if steps is None:
+        plan.write(out / PLAN)
     trained = trainer.run(resume="latest" if resume else None)
     if trained["status"] != "finished":
         logger.info("stopped at step %d of %d; --resume goes on", trained["step"], config.total_steps)
@@ -100,13 +134,16 @@ def run(
         "model": MODEL,
         "parameters": sum(p.numel() for p in model.parameters()),
         "recipe": recipe.name,
+        "pretrained": pretrained,
         "loss": loss,
         "seconds": trained["seconds"],
         "images_per_second": trained["images_per_second"],
         "steps": trained["step"],
         "images_seen": trained["position"],
-        "zero_shot": zero_shot(model, tokenizer, test, names, progress=True),
-        "retrieval": retrieval(model, tokenizer, test, progress=True),
+        "zero_shot": zero_shot(model, tokenizer, test, names, precision=precision, progress=True),
+        "retrieval": retrieval(model, tokenizer, test, precision=precision, progress=True),
+        "grounds": on_grounds(model, tokenizer, precision=precision),
+        "shipped": shipped,
         "clip_baseline": read_baseline(),
         "seed": seed,
         "config": trainer.config.to_dict(),
@@ -151,5 +188,7 @@ def print_summary(results: dict[str, Any], out: Path) -> None:
         table.add_row(name, *(f"{share:.1%}" for share in shares))
     console = Console()
     console.print(table)
+    grounds = results["grounds"]
+    console.print(f"of 40 names: {grounds['white']:.0%} on white, {grounds['mean']:.0%} on other grounds")
     console.print(f"trained for {results['seconds']:.0f} s at {results['images_per_second']:.0f} images/s")
     console.print(f"look at {out / 'report.html'}; ask with: florence-fast search --pretrained {out / 'model'} ...")

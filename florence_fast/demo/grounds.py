@@ -4,7 +4,6 @@ Training draws none of these: its grounds are random colours, gradients, smooth 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +94,6 @@ GROUNDS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-@lru_cache(maxsize=1)
 def forty_pictures() -> PairSource:
     """Forty pictures of the unseen artist with different names, evenly spread over all."""
     test = artists_test()
