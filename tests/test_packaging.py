@@ -73,7 +73,11 @@ def test_a_wheel_holds_the_kernels_exactly_once(wheel):
 
 def test_a_wheel_carries_data_licence_and_version(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("florence_fast/py.typed", "florence_fast/data/clip_merges.txt.gz"):
+    for needed in (
+        "florence_fast/py.typed",
+        "florence_fast/data/clip_merges.txt.gz",
+        "florence_fast/demo/photograph.webp",
+    ):
         assert needed in names
     artists = {path.name for path in (ROOT / "florence_fast/data/artists").glob("*.tar.gz")}
     assert artists == {Path(name).name for name in names if name.startswith("florence_fast/data/artists/")}

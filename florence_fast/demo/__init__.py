@@ -88,6 +88,7 @@ def run(
     shipped = show_shipped(MODEL, device, precision, console)
     torch.manual_seed(seed)
     model, tokenizer = create_model(MODEL, pretrained=pretrained, device=device), get_tokenizer(MODEL)
+    start = {name: weight.clone() for name, weight in model.state_dict().items()} if recipe.keep else None
     names, test, augment = artists_names(), artists_test(), recipe.augment(model.config)
     if steps is not None:
         config = rehearsal(config, steps)
@@ -128,6 +129,8 @@ def run(
         logger.info("stopped at step %d of %d; --resume goes on", trained["step"], config.total_steps)
         return trained
 
+    if start is not None:
+        average_(model, start, recipe.keep)
     model.eval()
     model.save_pretrained(out / "model")
     results = {
@@ -157,6 +160,14 @@ def run(
     write_report(out / "report.html", results, out)
     print_summary(results, out)
     return results
+
+
+@torch.no_grad()
+def average_(model: torch.nn.Module, others: dict[str, torch.Tensor], share: float) -> None:
+    """Move the weights of ``model`` towards ``others``, which get ``share`` of the average."""
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point():
+            weight.lerp_(others[name], share)
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ class Recipe:
 
     ``keyword_prob`` is the share of augmented texts that are one of Unicode's keywords or its short name, and
     ``augmentation`` the strength of the changes to the pictures. The longer the run, the more of both it can use.
-    ``grounds`` is the share of pictures that get another ground than white.
+    ``grounds`` is the share of pictures that get another ground than white. A run from trained weights ends with an
+    average of its weights and of those (WiSE-FT, arXiv 2109.01903); ``keep`` is their share.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Recipe:
     keyword_prob: float
     augmentation: float
     grounds: float = 0.0
+    keep: float = 0.0
 
     def augment(self, model: FlorenceConfig) -> BatchAugment:
         """Return changes of shape and colour that stand for another artist's hand."""

@@ -1,11 +1,14 @@
 """The whole demo on a few dozen real pictures: every file it promises, and figures that agree with each other."""
 
+import contextlib
+import io
 import json
 import logging
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from florence_fast import demo
@@ -13,31 +16,46 @@ from florence_fast.data.artists import artists_test, artists_train
 from florence_fast.data.pairs import PairText, Subset
 from florence_fast.demo import curves, grounds, sheets, shipped
 from florence_fast.demo.recipe import Recipe
+from florence_fast.models import create_model
 from florence_fast.train.config import Stage
 
 
-@pytest.fixture
-def few_pictures(monkeypatch):
+@pytest.fixture(scope="module")
+def few_pictures():
     """Forty test pictures and the training pictures of the same names."""
     test = Subset(artists_test(), range(0, 1600, 40))
     known = {test.texts(index).text for index in range(len(test))}
     whole = artists_train()
     train = Subset(whole, [index for index in range(len(whole)) if whole.texts(index).text in known])
-    monkeypatch.setattr(demo, "artists_train", lambda: train)
-    for module in (demo, shipped):
-        monkeypatch.setattr(module, "artists_names", lambda: sorted(known))
-    for module in (demo, sheets, shipped, grounds):
-        monkeypatch.setattr(module, "artists_test", lambda: test)
-    return test
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "artists_train", lambda: train)
+        for module in (demo, shipped):
+            patch.setattr(module, "artists_names", lambda: sorted(known))
+        for module in (demo, sheets, shipped, grounds):
+            patch.setattr(module, "artists_test", lambda: test)
+        yield test
+
+
+@pytest.fixture(scope="module")
+def rehearsed(few_pictures, tmp_path_factory):
+    """Results, folder and terminal output of one rehearsal."""
+    out = tmp_path_factory.mktemp("rehearsal") / "demo"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        results = demo.run(out, steps=3)
+    return results, out, printed.getvalue()
 
 
 @pytest.fixture
-def rehearsed(few_pictures, tmp_path):
-    return demo.run(tmp_path / "demo", steps=3), tmp_path / "demo"
+def without_shipped(few_pictures, monkeypatch):
+    """Leave the shipped weights out, whose figures another test looks at."""
+    shares = dict.fromkeys(("white", "mean", *grounds.GROUNDS), 0.5)
+    monkeypatch.setattr(demo, "on_grounds", lambda *_, **__: shares)
+    figures = {"zero_shot": {"top1": 0.5}, "grounds": shares}
+    monkeypatch.setattr(demo, "show_shipped", lambda *_: figures)
 
 
 def test_a_rehearsal_writes_everything_that_it_promises(rehearsed):
-    results, out = rehearsed
+    results, out, _ = rehearsed
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     for name in ("curves", "queries", "readings"):
         picture = np.asarray(Image.open(out / f"{name}.png").convert("L"))
@@ -49,7 +67,7 @@ def test_a_rehearsal_writes_everything_that_it_promises(rehearsed):
 
 
 def test_the_figures_are_fractions_of_the_right_pools(rehearsed):
-    results, _ = rehearsed
+    results, _, _ = rehearsed
     found, recalls = results["zero_shot"], results["retrieval"]
     assert (found["classes"], found["images"]) == (40, 40)
     assert 0 <= found["top1"] <= found["top5"] <= found["top10"] <= 1
@@ -58,17 +76,16 @@ def test_the_figures_are_fractions_of_the_right_pools(rehearsed):
     assert results["steps"] == 3 and results["images_per_second"] > 0 and results["seconds"] > 0
 
 
-def test_it_says_first_what_the_shipped_weights_read(few_pictures, tmp_path, capsys):
-    results = demo.run(tmp_path / "demo", steps=3)
-    printed = capsys.readouterr().out
+def test_it_says_first_what_the_shipped_weights_read(rehearsed):
+    results, out, printed = rehearsed
     assert printed.index("The shipped weights") < printed.index("an artist never seen")
     assert f"{results['shipped']['zero_shot']['top1']:.1%} of 40" in printed
     assert results["shipped"]["grounds"].keys() == results["grounds"].keys() == {"white", "mean", *grounds.GROUNDS}
-    page = (tmp_path / "demo" / "report.html").read_text()
+    page = (out / "report.html").read_text()
     assert f"{results['grounds']['mean']:.0%}" in page and f"{results['shipped']['zero_shot']['top1']:.1%}" in page
 
 
-def test_the_plan_of_minutes_is_kept_when_the_run_is_resumed(few_pictures, tmp_path, monkeypatch, caplog):
+def test_the_plan_of_minutes_is_kept_when_the_run_is_resumed(without_shipped, tmp_path, monkeypatch, caplog):
     recipe = Recipe("quick", (Stage(3000, 32), Stage(1500, 64)), 1e-3, 10, keyword_prob=0.1, augmentation=1.0)
     monkeypatch.setattr(demo, "QUICK", recipe)
     config = recipe.config
@@ -87,8 +104,23 @@ def test_the_plan_of_minutes_is_kept_when_the_run_is_resumed(few_pictures, tmp_p
         demo.run(tmp_path, long=True, resume=True)
 
 
+def test_a_run_from_weights_ends_with_an_average_of_both(without_shipped, tmp_path, monkeypatch):
+    shipped_weights = create_model("florence_nano", pretrained="artists").state_dict()
+    monkeypatch.setattr(demo, "FURTHER", replace(demo.FURTHER, keep=1.0))
+    assert demo.run(tmp_path / "demo", pretrained="artists", steps=2)["pretrained"] == "artists"
+    saved = create_model("florence_nano", pretrained=tmp_path / "demo" / "model").state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in shipped_weights.items())
+
+
+def test_the_average_gives_each_its_share():
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = 0.75 * model.weight.detach() + 0.25 * other.weight.detach()
+    demo.average_(model, other.state_dict(), 0.25)
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
 def test_an_earlier_run_is_not_overwritten(rehearsed):
-    _, out = rehearsed
+    _, out, _ = rehearsed
     with pytest.raises(FileExistsError, match="holds a run already"):
         demo.run(out, steps=3)
 
