@@ -132,15 +132,32 @@ def test_demo_passes_its_flags_on_and_keeps_an_earlier_run(capsys, monkeypatch, 
 
     asked = []
     monkeypatch.setattr(florence_fast.demo, "run", lambda out, **flags: asked.append((out, flags)) or {})
-    assert main(["demo", "--out", str(tmp_path), "--long", "--steps", "3", "--seed", "7", "--loss", "clip"]) == 0
-    assert asked == [
-        (tmp_path, {"long": True, "steps": 3, "seed": 7, "loss": "clip", "resume": False, "device": "cpu"})
-    ]
+    flags = ["--long", "--steps", "3", "--seed", "7", "--loss", "clip", "--device", "cpu"]
+    assert main(["demo", "--out", str(tmp_path), *flags]) == 0
+    settings = {"long": True, "pretrained": None, "minutes": None, "steps": 3, "loss": "clip", "seed": 7}
+    assert asked == [(tmp_path, {**settings, "resume": False, "device": "cpu"})]
     (tmp_path / "training/checkpoints").mkdir(parents=True)
     (tmp_path / "training/checkpoints/step_5.pt").write_bytes(b"")
     assert "holds a run already: --resume goes on" in refused(capsys, "demo", "--out", tmp_path)
     assert main(["demo", "--out", str(tmp_path), "--resume"]) == 0
     assert asked[1][1]["resume"] and len(asked) == 2
+    assert main(["demo", "--out", str(tmp_path / "b"), "--pretrained", "artists", "--minutes", "2.5"]) == 0
+    assert asked[2][1]["pretrained"] == "artists" and asked[2][1]["minutes"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--minutes", "nan"], "--minutes must be a finite number"),
+        (["--minutes", "0"], "--minutes"),
+        (["--minutes", "3", "--steps", "5"], "without --steps"),
+        (["--long", "--pretrained", "artists"], "give one of them"),
+        (["--pretrained", "artist"], "did you mean"),
+        (["--device", "gpu0"], "cannot be used"),
+    ],
+)
+def test_demo_refuses_flags_that_make_no_sense(capsys, tmp_path, flags, said):
+    assert said in refused(capsys, "demo", "--out", tmp_path, *flags)
 
 
 def test_predict_ranks_its_texts(capsys, pictures, tmp_path):

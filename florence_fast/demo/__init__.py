@@ -16,13 +16,14 @@ from rich.table import Table
 from florence_fast.data.artists import artists_names, artists_test, artists_train
 from florence_fast.demo.curves import draw_curves
 from florence_fast.demo.grounds import on_grounds
-from florence_fast.demo.plan import Plan, measure_speed, predict_seconds, say_minutes, steps_in
-from florence_fast.demo.recipe import EVALUATIONS, FURTHER, LONG, QUICK, rehearsal
+from florence_fast.demo.plan import Plan, make_plan, measure_speed
+from florence_fast.demo.progress import Progress
+from florence_fast.demo.recipe import FURTHER, LONG, QUICK, rehearsal
 from florence_fast.demo.report import write_report
 from florence_fast.demo.sheets import draw_queries, draw_readings
 from florence_fast.demo.shipped import show_shipped
 from florence_fast.evaluate import retrieval, zero_shot
-from florence_fast.evaluate.features import encode_images, evaluation_transform
+from florence_fast.evaluate.features import encode_images
 from florence_fast.files import write_json
 from florence_fast.models import create_model, get_tokenizer
 from florence_fast.precision import resolve_precision
@@ -88,49 +89,26 @@ def run(
     shipped = show_shipped(MODEL, device, precision, console)
     torch.manual_seed(seed)
     model, tokenizer = create_model(MODEL, pretrained=pretrained, device=device), get_tokenizer(MODEL)
-    start = {name: weight.clone() for name, weight in model.state_dict().items()} if recipe.keep else None
-    names, test, augment = artists_names(), artists_test(), recipe.augment(model.config)
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    augment, speed = recipe.augment(model.config), None
     if steps is not None:
         config = rehearsal(config, steps)
     else:
-        speed = measure_speed(model, tokenizer, names, config, augment)
-        chosen = tuple(stage.steps for stage in config.stages)
-        if minutes is not None:
-            chosen = steps_in(minutes, config, speed, EVALUATIONS)
-        plan = kept or Plan(recipe.name, chosen, minutes)
+        speed = measure_speed(model, tokenizer, artists_names(), config, augment)
+        plan = kept or make_plan(recipe.name, config, speed, minutes)
         config = recipe.config(loss=loss, seed=seed, precision=precision, stages=plan.stages(config.stages))
-        console.print(f"Training from {pretrained or 'nothing'}: {config.total_steps:,} steps of {config.batch_size}.")
-    interval, begun = config.save_every_steps, None
-
-    def on_interval(trainer: Trainer, record: dict[str, Any]) -> dict[str, Any] | None:
-        """After the first ten steps say how long it takes; now and then ask for the unseen artist."""
-        nonlocal begun
-        size = config.stage_at(trainer.step - 1)[1].image_size
-        if steps is None and begun is None:
-            begun = trainer.step
-            slower = record["batch_time"] / speed[size]
-            left = slower * predict_seconds(config, speed, interval, trainer.step)
-            logger.info("%s on this machine", say_minutes(left))
-        if trainer.step % interval and trainer.step < config.total_steps:
-            return None
-        transform = evaluation_transform(model, size)
-        found = zero_shot(model, tokenizer, test, names, transform=transform, precision=precision)
-        shares = {key: found[key] for key in ("top1", "top5", "top10")}
-        logger.info("unseen artist at %d px: top-1 %.3f, top-5 %.3f", size, shares["top1"], shares["top5"])
-        return {"image_size": size, **shares}
-
-    trainer = Trainer(
-        model, tokenizer, artists_train(), config, out / "training", augment=augment, on_interval=on_interval
-    )
-    if steps is None:
         plan.write(out / PLAN)
+        console.print(f"Training from {pretrained or 'nothing'}: {config.total_steps:,} steps of {config.batch_size}.")
+
+    progress = Progress(model, tokenizer, config, speed)
+    folder = out / "training"
+    trainer = Trainer(model, tokenizer, artists_train(), config, folder, augment=augment, on_interval=progress)
     trained = trainer.run(resume="latest" if resume else None)
     if trained["status"] != "finished":
         logger.info("stopped at step %d of %d; --resume goes on", trained["step"], config.total_steps)
         return trained
 
-    if start is not None:
-        average_(model, start, recipe.keep)
+    average_(model, start, recipe.keep)
     model.eval()
     model.save_pretrained(out / "model")
     results = {
@@ -143,9 +121,7 @@ def run(
         "images_per_second": trained["images_per_second"],
         "steps": trained["step"],
         "images_seen": trained["position"],
-        "zero_shot": zero_shot(model, tokenizer, test, names, precision=precision, progress=True),
-        "retrieval": retrieval(model, tokenizer, test, precision=precision, progress=True),
-        "grounds": on_grounds(model, tokenizer, precision=precision),
+        **measure(model, tokenizer, precision),
         "shipped": shipped,
         "clip_baseline": read_baseline(),
         "seed": seed,
@@ -154,12 +130,21 @@ def run(
     }
     write_json(out / "results.json", results)
     draw_curves(out / "curves.png", read_history(trainer.log.results_path))
-    encoded = encode_images(model, test)
+    encoded = encode_images(model, artists_test(), precision=precision)
     draw_queries(out / "queries.png", model, tokenizer, encoded)
-    draw_readings(out / "readings.png", model, tokenizer, encoded, names)
+    draw_readings(out / "readings.png", model, tokenizer, encoded, artists_names())
     write_report(out / "report.html", results, out)
     print_summary(results, out)
     return results
+
+
+def measure(model: torch.nn.Module, tokenizer: Any, precision: str) -> dict[str, Any]:
+    """Measure a model on the unseen artist: "zero_shot", "retrieval" and "grounds"."""
+    return {
+        "zero_shot": zero_shot(model, tokenizer, artists_test(), artists_names(), precision=precision, progress=True),
+        "retrieval": retrieval(model, tokenizer, artists_test(), precision=precision, progress=True),
+        "grounds": on_grounds(model, tokenizer, precision=precision),
+    }
 
 
 @torch.no_grad()

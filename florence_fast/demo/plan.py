@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from florence_fast.data.loader import Batch
+from florence_fast.demo.recipe import EVALUATIONS
 from florence_fast.files import write_json
 from florence_fast.text_files import read_json
 from florence_fast.train.config import Stage, TrainConfig
@@ -58,6 +59,13 @@ class Plan:
         if found.get("recipe") != recipe or len(steps) != stages:
             raise ValueError(f"{path.parent} holds a run of the recipe {found.get('recipe')!r}, wanted {recipe!r}")
         return cls(recipe, tuple(steps), found.get("minutes"))
+
+
+def make_plan(recipe: str, config: TrainConfig, seconds: Mapping[int, float], minutes: float | None) -> Plan:
+    """Choose the steps of each stage: those of ``config``, or as many as fit into ``minutes``."""
+    if minutes is None:
+        return Plan(recipe, tuple(stage.steps for stage in config.stages))
+    return Plan(recipe, steps_in(minutes, config, seconds, EVALUATIONS), minutes)
 
 
 def measure_speed(

@@ -14,7 +14,7 @@ from PIL import Image
 from florence_fast import demo
 from florence_fast.data.artists import artists_test, artists_train
 from florence_fast.data.pairs import PairText, Subset
-from florence_fast.demo import curves, grounds, sheets, shipped
+from florence_fast.demo import curves, grounds, progress, sheets, shipped
 from florence_fast.demo.recipe import Recipe
 from florence_fast.models import create_model
 from florence_fast.train.config import Stage
@@ -29,9 +29,9 @@ def few_pictures():
     train = Subset(whole, [index for index in range(len(whole)) if whole.texts(index).text in known])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "artists_train", lambda: train)
-        for module in (demo, shipped):
+        for module in (demo, progress, shipped):
             patch.setattr(module, "artists_names", lambda: sorted(known))
-        for module in (demo, sheets, shipped, grounds):
+        for module in (demo, grounds, progress, sheets, shipped):
             patch.setattr(module, "artists_test", lambda: test)
         yield test
 
