@@ -8,7 +8,9 @@ others. Indices and masks in a file are dropped, and computed anew where the rea
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,7 @@ from florence_fast.errors import unknown
 from florence_fast.files import replacing, write_json
 from florence_fast.models.config import FlorenceConfig, ImageConfig, TextConfig
 from florence_fast.models.factory import build_model
+from florence_fast.models.layers import centre_bias_table
 from florence_fast.models.layouts import State, drop_buffers, is_hugging_face_swin, is_unicl, to_our_layout, unwrap
 from florence_fast.models.pretrained import match_state
 from florence_fast.models.reading import Checkpoint, read_tensors
@@ -168,6 +171,7 @@ def convert(
     config = _target_config(config, to)
     config = _with_sizes(config, window_size, image_size, context_length)
     state, resized = _fit_context(_with_prefix(state, config), config)
+    state = _with_whole_tables(state, config, image_size)
     fitted, missing, unexpected = _match(state, config, str(found.path))
     resized += [name for name, tensor in fitted.items() if name in state and tensor.shape != state[name].shape]
     written = _WRITERS[to](fitted, config)
@@ -294,6 +298,27 @@ def _fit_context(state: State, config: Config) -> tuple[State, list[str]]:
         return {**state, name: places[:length]}, [name]
     longer = F.interpolate(places.float().T[None], size=length, mode="linear", align_corners=True)[0].T
     return {**state, name: longer.to(places.dtype).contiguous()}, [name]
+
+
+def _with_whole_tables(state: State, config: Config, image_size: int | None) -> State:
+    """Centre the bias tables of windows that the source cut to its map, unless ``image_size`` asks for a larger map.
+
+    Interpolated, they would be others even at the size at which the source was trained.
+    """
+    image = config.image if isinstance(config, FlorenceConfig) else config
+    tables = {name: table for name, table in state.items() if name.endswith(".relative_position_bias_table")}
+    if not isinstance(image, ImageConfig) or not tables:
+        return state
+    windows = {name: (math.isqrt(len(table)) + 1) // 2 for name, table in tables.items()}
+    whole = {}
+    for name, window in windows.items():
+        stage = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        if stage is None or (2 * window - 1) ** 2 != len(tables[name]) or window >= max(windows.values()):
+            continue
+        is_larger = image_size is not None and math.ceil(image_size / 4 / 2 ** int(stage[1])) > window
+        if not is_larger and window < image.window_size:
+            whole[name] = centre_bias_table(tables[name], image.window_size)
+    return state | whole
 
 
 def _match(state: State, config: Config, source: str) -> tuple[State, list[str], list[str]]:

@@ -135,6 +135,25 @@ def resize_bias_table(table: Tensor, window_size: tuple[int, int]) -> Tensor:
     return grid.flatten(2)[0].T.contiguous().to(table.dtype)
 
 
+def centre_bias_table(table: Tensor, window_size: int) -> Tensor:
+    """Put the table of a window that was cut to its map into that of the whole window, which computes the same.
+
+    Swins whose last map is smaller than the window have a smaller table there. On such a map the table of the whole
+    window is read at its centre alone.
+
+    Args:
+        table: ((2w-1)**2, h) of a square window w.
+        window_size: of the new window, at least w.
+
+    Returns:
+        ((2*window_size-1)**2, h), zeros around ``table``.
+    """
+    side = math.isqrt(table.shape[0])
+    margin = (2 * window_size - 1 - side) // 2
+    grid = table.detach().unflatten(0, (side, side))
+    return F.pad(grid, (0, 0, margin, margin, margin, margin)).flatten(0, 1)
+
+
 def init_weights(module: nn.Module) -> None:
     """Draw the parameters that ``module`` itself owns: products by their fan-in, norms as ones, biases as zeros.
 

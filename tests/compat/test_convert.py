@@ -259,6 +259,31 @@ def test_our_own_file_keeps_its_configuration(tmp_path):
     assert same(Florence.from_pretrained(tmp_path / "b").state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("image_size", [None, 16])
+def test_the_table_of_a_window_that_was_cut_to_its_map_is_centred(image_size, tmp_path):
+    """timm and Microsoft's code cut the window of a stage to its map, and its table with it; it computes the same."""
+    torch.manual_seed(0)
+    whole = Swin(dataclasses.replace(SWIN, img_size=16, window_size=4, num_classes=5)).eval()
+    tables = {n: p for n, p in whole.named_parameters() if n.endswith("bias_table")}
+    for table in tables.values():
+        torch.nn.init.normal_(table)
+    state, last = dict(whole.state_dict()), f"layers.{len(SWIN.depths) - 1}."
+    side = 16 // 4 // 2 ** (len(SWIN.depths) - 1)
+    margin = 4 - side
+    assert side < 4
+    cut = {name for name in tables if name.startswith(last)}
+    for name in cut:
+        grid = state[name].unflatten(0, (7, 7))[margin:-margin, margin:-margin]
+        state[name] = grid.flatten(0, 1).contiguous()
+    save_file(state, tmp_path / "cut.safetensors")
+    done = convert(tmp_path / "cut.safetensors", tmp_path / "out", image_size=image_size)
+    assert done.resized == [] and cut
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(Swin.from_pretrained(tmp_path / "out").eval()(images), whole(images))
+    larger = convert(tmp_path / "cut.safetensors", tmp_path / "larger", image_size=32)
+    assert set(larger.resized) == cut
+
+
 def test_warm_start_of_coswin(tmp_path):
     torch.save({"model": swin_layout(num_classes=3)}, tmp_path / "swin.pth")
     done = convert(tmp_path / "swin.pth", tmp_path / "coswin", warm_start_coswin=True, window_size=6)
