@@ -8,6 +8,7 @@ FLORENCE_FAST_EMULATE_AMX=1 with a stand-in for AMX's tiles, so that their code 
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
@@ -53,6 +55,19 @@ FLAGS = [
 SANITIZE = ["-g", "-O1", "-DFF_DEBUG", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
+FAILURE = "_native_failure.txt"
+"""Beside the package's modules after a build that failed: why, for `florence-fast info`."""
+
+
+class FreshBuild(build_py):
+    """Copy the modules into an empty folder: what an earlier build left there would be packed into the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class NinjaBuild(build_ext):
     """Compile the extension with ninja, which takes every core and only what has changed."""
 
@@ -61,11 +76,47 @@ class NinjaBuild(build_ext):
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
+        failure = target.parent / FAILURE
+        failure.unlink(missing_ok=True)
         try:
             (folder / "build.ninja").write_text(ninja_file(target, folder))
-            subprocess.run([*ninja(), "-C", str(folder), *([] if self.verbose else ["--quiet"])], check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
+            command = [*ninja(), "-C", str(folder), *([] if self.verbose else ["--quiet"])]
+            pipe = subprocess.PIPE
+            done = subprocess.run(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace")
+            print(done.stdout, end="", flush=True)
+            if done.returncode:
+                raise CompileError(first_error(done.stdout))
+        except (OSError, subprocess.CalledProcessError, CompileError) as error:
+            target.unlink(missing_ok=True)  # of an earlier build, from other sources
+            failure.write_text(f"{' '.join(str(error).split())}\n", encoding="utf-8")
+            tell(f"florence_fast: the native kernels were not built ({error}); PyTorch's operations stand in for them")
             raise CompileError(f"{error}; the package works without it, on its other backends") from error
+
+    def copy_extensions_to_source(self) -> None:
+        """Copy what was built beside the sources; after a failure what an earlier build left there goes."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            name = Path(self.get_ext_filename(self.get_ext_fullname(ext.name)))
+            failure, beside = Path(self.build_lib) / name.parent / FAILURE, ROOT / name.parent / FAILURE
+            beside.unlink(missing_ok=True)
+            if failure.is_file():
+                (ROOT / name).unlink(missing_ok=True)
+                shutil.copyfile(failure, beside)
+
+
+def first_error(output: str) -> str:
+    """Return the first line of a compiler's output that speaks of an error."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "ninja failed")
+
+
+def tell(message: str) -> None:
+    """Say something to the person at the terminal; pip shows what a build prints only with -v."""
+    try:
+        with open("/dev/tty", "w") as terminal:
+            terminal.write(f"\n{message}\n")
+    except OSError:
+        print(message, file=sys.stderr, flush=True)
 
 
 def ninja() -> list[str]:
@@ -141,5 +192,5 @@ setup(
     package_dir={"florence_fast": "florence_fast", "florence_fast.kernels": "kernels"},
     package_data={"florence_fast.kernels": ["configs/*.json"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "build_py": FreshBuild},
 )

@@ -77,6 +77,7 @@ for _library, _name in {
     "timm": "timm_registry.register_with_timm",
     "transformers.models.auto.configuration_auto": "transformers_registry.register_config",
     "transformers.models.auto.image_processing_auto": "transformers_registry.register_image_processor",
+    "transformers.models.auto.processing_auto": "transformers_registry.register_processor",
     "transformers.models.auto.tokenization_auto": "transformers_registry.register_tokenizer",
 }.items():
     after_import(_library, partial(_call, *f"compat.{_name}".rsplit(".", 1)))

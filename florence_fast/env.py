@@ -26,6 +26,7 @@ VARIABLES = (
     Variable(
         "FLORENCE_FAST_CPU", "auto", "instructions of the native kernels: auto, scalar, avx2, avx512, avx512_bf16, amx"
     ),
+    Variable("FLORENCE_FAST_DEBUG", "0", "1 prints the traceback of an error of the command line, for a bug report"),
     Variable("FLORENCE_FAST_NVTX", "0", "1 makes NVTX ranges, for Nsight, around ops, stages, phases and data"),
 )
 

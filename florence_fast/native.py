@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from florence_fast import env
+from florence_fast.build_failure import build_failure
 from florence_fast.errors import unknown
 
 try:
     from florence_fast import _C  # after torch, whose threads it then shares
-except ImportError:
-    _C = None
 
-NOT_BUILT = "the native extension was not built; it takes a C++ compiler at installation"
-"""What to say where the extension is absent."""
+    _why = None
+except ImportError as error:
+    _C = None
+    # absent, or there and not loadable: the loader then says what it lacks
+    _why = build_failure() or (None if "cannot import name '_C'" in str(error) else str(error))
+
+NOT_BUILT = f"the native extension was not built; {_why or 'it takes a C++ compiler at installation'}"
+"""What to say where the extension is absent, with what the build or the loader said."""
 
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 """The instruction sets, each with those before it; their places are the numbers that the extension knows them by."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from pathlib import Path
@@ -113,11 +114,30 @@ def test_an_editable_installation_finds_the_checkout(checkout, empty_environment
     assert run(empty_environment, "-c", code, cwd=tmp_path) == str(checkout / "kernels/__init__.py")
 
 
-def test_without_a_compiler_it_installs_without_the_extension(checkout, tmp_path):
+def test_without_a_compiler_it_installs_without_the_extension_and_says_why(checkout, tmp_path):
+    """Whatever an earlier build left in the folders of the build is not packed."""
+    library = checkout / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    left = [library / "florence_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"]
+    left += [library / "florence_fast" / "kernels" / "old.py", library / "kernels" / "__init__.py"]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"of an earlier build")
     built = build_wheel(checkout, tmp_path, CXX="no-such-compiler")
-    names = zipfile.ZipFile(built).namelist()
+    wheel = zipfile.ZipFile(built)
+    names = wheel.namelist()
     assert "florence_fast/native.py" in names
-    assert not [name for name in names if name.startswith("florence_fast/_C")]
+    assert not [name for name in names if name.startswith(("florence_fast/_C", "kernels/")) or name.endswith("/old.py")]
+    assert b"no-such-compiler" in wheel.read("florence_fast/_native_failure.txt")
+
+
+def test_the_first_line_of_a_command_says_that_the_build_failed(monkeypatch, capsys):
+    from florence_fast import cli
+
+    monkeypatch.setattr(cli, "build_failure", lambda: "c++: not found")
+    assert cli.main(["budget", "--help"]) == cli.main(["--version"]) == 0
+    assert "native" not in capsys.readouterr().err
+    assert cli.main(["nothing"]) == 2
+    assert "note: the native kernels were not built (c++: not found)" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """The command line ``florence-fast``: thin commands over the Python surface.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage (one line says what is wrong), 130 interrupted, 143 terminated (128 plus
-the number of the signal, as shells have it). A failure of a kind that we foresaw is
-one line too; any other keeps its traceback, which a bug report needs. Modules that need torch are imported by the
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated (128 plus the number of the signal, as
+shells have it). Wrong usage and failures are one line each (failures.py); ``--debug`` or FLORENCE_FAST_DEBUG=1
+prints the traceback before it. Modules that need torch are imported by the
 commands that use them, so ``--help`` answers at once.
 """
 
@@ -10,14 +10,17 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from signal import SIGTERM
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from florence_fast import env
+from florence_fast.build_failure import build_failure
 from florence_fast.cli import (
     budget,
     convert,
@@ -32,11 +35,12 @@ from florence_fast.cli import (
     verify,
     warmup,
 )
-from florence_fast.cli.usage import WrongUsage
+from florence_fast.cli.failures import explain
 from florence_fast.version import __version__
 
 NAME = "florence-fast"
 _ENDED = {129: ("hung up", 129), 130: ("interrupted", 130), 143: ("terminated", 143)}
+DEBUG = "--debug"
 
 app = typer.Typer(name=NAME, add_completion=False, rich_markup_mode=None)
 app.command("demo")(demo.command)
@@ -64,6 +68,9 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Print the traceback of an error, for a bug report; works behind commands too.")
+    ] = False,
 ) -> None:
     """Florence (2021), the vision foundation model: train it, measure it, search with it."""
 
@@ -71,31 +78,38 @@ def _root(
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``args`` are the process's own by default."""
     args = list(sys.argv[1:] if args is None else args)
+    debug = DEBUG in args or env.read("FLORENCE_FAST_DEBUG") == "1"
+    args = [arg for arg in args if arg != DEBUG]
     _let_every_name_be_shown()
+    _say_that_kernels_are_absent(args)
     try:
         with _terminable():
-            return _run(args)
+            return _run(args, debug)
     except _Terminated:
         return _complain(*_ENDED[143])
     finally:
         _let_go_of_closed_streams()
 
 
-def _run(args: list[str]) -> int:
+def _say_that_kernels_are_absent(args: list[str]) -> None:
+    """Print one line before a command whose kernels an installation failed to build; `info` says it by itself."""
+    failure = build_failure()
+    if failure and args and not args[0].startswith("-") and args[0] != "info" and "--help" not in args:
+        print(f"note: the native kernels were not built ({failure}), so that models run slower here", file=sys.stderr)
+
+
+def _run(args: list[str], debug: bool) -> int:
     try:
         code = typer.main.get_command(app).main(args or ["--help"], prog_name=NAME, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _complain(*_ENDED[130])
-    except WrongUsage as error:
-        return _complain(str(error), 2)
-    except OSError as error:
-        return _complain(f"failed: {error}", 1)
     except Exception as error:
-        if hasattr(error, "format_message"):
-            return _complain(_usage_line(error), error.exit_code)
-        if type(error).__module__.startswith("florence_fast."):
-            return _complain(f"failed: {error}", 1)
-        raise
+        explained = explain(error, NAME)
+        if explained is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        return _complain(*explained)
     # The parser turns Ctrl-C into its code itself, without a word.
     return _complain(*_ENDED[code]) if code in _ENDED else code or 0
 
@@ -141,13 +155,6 @@ def _let_go_of_closed_streams() -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
-
-
-def _usage_line(error: Any) -> str:
-    """What the option parser has to say, on one line, with the command that it is about."""
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context else NAME
-    return f"{' '.join(error.format_message().split())} (see '{path} --help')"
 
 
 def _complain(message: str, code: int) -> int:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from florence_fast.cli.outputs import check_out_file, check_out_folder
 from florence_fast.cli.usage import one_of, refusals_as_wrong_usage
 
 # as in florence_fast.compat.convert, which needs torch and is imported when it is used; a test compares them
@@ -43,8 +44,10 @@ def command(
     Face and open_clip; writes ours, or a plain Swin for the others. A file with pickled code is never run: it is
     refused. What is missing, left out or interpolated is listed.
     """
-    from florence_fast.compat.convert import convert
+    from florence_fast.compat.convert import PICKLED, convert
 
+    is_file = out.suffix in (".safetensors", *PICKLED)
+    (check_out_file if is_file else check_out_folder)("OUT", out)
     with refusals_as_wrong_usage():
         done = convert(
             source,

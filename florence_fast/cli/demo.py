@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from florence_fast.cli.outputs import check_out_folder
 from florence_fast.cli.usage import (
     Device,
+    Seed,
     exit_if_interrupted,
     one_of,
     pick_device,
@@ -41,7 +43,7 @@ def command(
         str, typer.Option("--loss", callback=one_of("unicl", "clip"), help="unicl, or clip to compare.")
     ] = "unicl",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out.")] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the data order, augmentation and weights.")] = 0,
+    seed: Seed = 0,
     device: Device = None,
 ) -> None:
     """Show what the shipped weights read, then train on pictures by six artists and read a seventh.
@@ -51,6 +53,7 @@ def command(
     """
     from florence_fast.models.pretrained import find_pretrained
 
+    check_out_folder("--out", out)
     with refusals_as_wrong_usage():
         device = pick_device(device)
         if minutes is not None and (steps is not None or not math.isfinite(minutes)):

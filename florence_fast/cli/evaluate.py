@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from florence_fast.cli.outputs import check_out_file
 from florence_fast.cli.table_flags import CsvCaptionKey, CsvImgKey, CsvSeparator
 from florence_fast.cli.usage import (
     BatchSize,
@@ -17,6 +18,7 @@ from florence_fast.cli.usage import (
     one_of,
     refusals_as_wrong_usage,
     settle_precision,
+    weights_of,
 )
 from florence_fast.files import write_json
 from florence_fast.strict_json import format_json
@@ -58,7 +60,7 @@ def zero_shot(
         ),
     ] = "plain",
     model: Model = "florence_nano",
-    pretrained: Pretrained = "artists",
+    pretrained: Pretrained = None,
     out: Out = None,
     batch_size: BatchSize = 256,
     image_resize_mode: ResizeMode = None,
@@ -70,6 +72,8 @@ def zero_shot(
     from florence_fast.evaluate import zero_shot as measure
     from florence_fast.evaluate.features import device_of
 
+    check_out_file("--out", out)
+    pretrained = weights_of(model, pretrained)
     with refusals_as_wrong_usage():
         source, texts = with_texts(_open(data, csv_img_key, csv_caption_key, csv_separator))
         names = _class_names(classnames, data, texts)
@@ -91,7 +95,7 @@ def retrieval(
     csv_separator: CsvSeparator = None,
     template: Annotated[str, typer.Option("--template", help="What is asked; {} stands for the text.")] = "{}",
     model: Model = "florence_nano",
-    pretrained: Pretrained = "artists",
+    pretrained: Pretrained = None,
     out: Out = None,
     batch_size: BatchSize = 256,
     image_resize_mode: ResizeMode = None,
@@ -99,10 +103,14 @@ def retrieval(
     device: Device = None,
 ) -> None:
     """Recall at 1, 5 and 10 from pictures to texts and from texts to pictures."""
+    from florence_fast.data.prompts import fill
     from florence_fast.evaluate import retrieval as measure
     from florence_fast.evaluate.features import device_of
 
+    check_out_file("--out", out)
+    pretrained = weights_of(model, pretrained)
     with refusals_as_wrong_usage():
+        fill(template, "")
         source = _open(data, csv_img_key, csv_caption_key, csv_separator)
     net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
     precision = settle_precision(precision, device_of(net))

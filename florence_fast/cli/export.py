@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from florence_fast.cli.usage import WrongUsage, one_of, refusals_as_wrong_usage
+from florence_fast.cli.outputs import check_out_file
+from florence_fast.cli.usage import Pretrained, one_of, refusals_as_wrong_usage, weights_of
 
 
 def command(
@@ -26,12 +27,7 @@ def command(
             show_default="all there is",
         ),
     ] = None,
-    pretrained: Annotated[
-        str | None,
-        typer.Option(
-            "--pretrained", help="Weights: a tag, a folder or a file; 'none' for random ones.", show_default="its first"
-        ),
-    ] = None,
+    pretrained: Pretrained = None,
     image_size: Annotated[
         int | None, typer.Option("--image-size", min=4, help="Side of the pictures.", show_default="the model's")
     ] = None,
@@ -47,19 +43,12 @@ def command(
     under its name, and the errors are printed.
     """
     from florence_fast.export import export
-    from florence_fast.models import create_model, get_model_config, list_pretrained
-    from florence_fast.models.factory import LOCAL_DIR
+    from florence_fast.models import create_model
 
+    check_out_file("OUT", out)
+    pretrained = weights_of(model, pretrained)
     with refusals_as_wrong_usage():
-        if Path(model).exists():
-            model = f"{LOCAL_DIR}{model}"
-        if pretrained is None and not model.startswith(LOCAL_DIR):
-            get_model_config(model)
-            tags = [tag for name, tag in list_pretrained() if name == model]
-            if not tags:
-                raise WrongUsage(f"{model} comes without weights: give --pretrained a file, or 'none' for random ones")
-            pretrained = tags[0]
-        net = create_model(model, None if pretrained == "none" else pretrained)
+        net = create_model(model, pretrained)
         done = export(
             net,
             out,

@@ -3,10 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from florence_fast.cli.usage import refusals_as_wrong_usage
+from florence_fast.console import console
 from florence_fast.strict_json import format_json
 
 
@@ -24,9 +24,9 @@ def command(
     if as_json:
         print(format_json(facts, indent=2))
         return
-    console = Console(markup=False, highlight=False)
+    terminal = console()
     for title, rows in facts.items():
         table = Table(*rows[0], title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
         for row in rows:
             table.add_row(*("; ".join(value) if isinstance(value, list) else str(value) for value in row.values()))
-        console.print(table, "")
+        terminal.print(table, "")

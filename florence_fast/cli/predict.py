@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from florence_fast.cli.outputs import check_out_file
 from florence_fast.cli.usage import (
     Device,
     Model,
@@ -16,7 +16,9 @@ from florence_fast.cli.usage import (
     load,
     refusals_as_wrong_usage,
     settle_precision,
+    weights_of,
 )
+from florence_fast.console import console
 from florence_fast.files import write_json
 from florence_fast.printable import printable
 
@@ -27,7 +29,7 @@ def command(
     more_texts: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     template: Annotated[str, typer.Option("--template", help="What is asked; {} stands for the text.")] = "{}",
     model: Model = "florence_nano",
-    pretrained: Pretrained = "artists",
+    pretrained: Pretrained = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the answer here, as JSON.")] = None,
     image_resize_mode: ResizeMode = None,
     precision: Precision = "auto",
@@ -35,24 +37,26 @@ def command(
 ) -> None:
     """Say which of several texts describes a picture."""
     from florence_fast.data.pictures import open_picture
+    from florence_fast.data.prompts import fill
     from florence_fast.evaluate import probabilities
     from florence_fast.evaluate.features import device_of
 
-    with refusals_as_wrong_usage():
-        picture = open_picture(image)
-    net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
-    precision = settle_precision(precision, device_of(net))
     # The parser gives --texts one value only; those that follow it arrive as arguments.
     texts = [*texts, *(more_texts or [])]
+    check_out_file("--out", out)
     with refusals_as_wrong_usage():
-        asked = [template.format(text) for text in texts]
-        answer = probabilities(net, tokenizer, picture, asked, precision=precision)
+        asked = [fill(template, text) for text in texts]
+        picture = open_picture(image)
+    pretrained = weights_of(model, pretrained, note=True)
+    net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
+    precision = settle_precision(precision, device_of(net))
+    answer = probabilities(net, tokenizer, picture, asked, precision=precision)
 
     ranked = sorted(zip(texts, answer, strict=True), key=lambda pair: -pair[1])
     table = Table("text", "probability", title=printable(image), title_justify="left")
     for text, probability in ranked:
         table.add_row(printable(text), f"{probability:.1%}")
-    Console(markup=False, highlight=False).print(table)
+    console().print(table)
     if out is not None:
         answers = [{"text": text, "probability": probability} for text, probability in ranked]
         write_json(out, {"image": str(image), "model": model, "pretrained": pretrained, "answers": answers})

@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from florence_fast.cli.outputs import check_out_file, check_out_folder
 from florence_fast.cli.usage import (
     BatchSize,
     Device,
     Model,
     Precision,
+    Seed,
     WrongUsage,
     pick_device,
     refusals_as_wrong_usage,
     settle_precision,
 )
+from florence_fast.console import console
 
 _SAY_WHAT = ("model", "batch_size", "image_size", "precision", "micro_batch_size", "steps", "warmup", "seed", "device")
 
@@ -39,7 +41,7 @@ def command(
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Measured steps.")] = 5,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before them.")] = 2,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights, pictures and texts.")] = 0,
+    seed: Seed = 0,
     device: Device = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of summary.json and ranges.png.")] = Path("runs/profile"),
     trace: Annotated[Path | None, typer.Option("--trace", help="Write a Chrome trace to this file.")] = None,
@@ -58,6 +60,8 @@ def command(
     """
     if nsys + bare + (ncu is not None) > 1:
         raise WrongUsage("--nsys, --ncu and --bare are three ways to run: give one of them")
+    check_out_folder("--out", out)
+    check_out_file("--trace", trace)
     if nsys or ncu is not None:
         _run_nsight(out, _options(context), device, ncu)
         return
@@ -78,18 +82,18 @@ def command(
     from florence_fast.profile import profile
     from florence_fast.profile.picture import draw_ranges
 
-    console = Console(markup=False, highlight=False)
-    with console.status("starting") as status:
+    terminal = console()
+    with terminal.status("starting") as status:
         found = profile(workload, device, steps=steps, warmup=warmup, trace=trace, show=status.update)
     draw_ranges(out / "ranges.png", found)
     write_json(out / "summary.json", found)
     of = "kernels" if found["time"] == "kernels" else "CPU time"
-    console.print(rows_table(f"ranges: milliseconds of {of} a step", found["ranges"][:top]))
-    console.print(rows_table(f"ops: milliseconds of {of} a step", found["ops"][:top]))
+    terminal.print(rows_table(f"ranges: milliseconds of {of} a step", found["ranges"][:top]))
+    terminal.print(rows_table(f"ops: milliseconds of {of} a step", found["ops"][:top]))
     if found["kernels"]:
-        console.print(rows_table("kernels: milliseconds a step", found["kernels"][:top]))
-    console.print(summary(found))
-    console.print(f"{out / 'summary.json'}, {out / 'ranges.png'}" + (f", {trace}" if trace else ""), soft_wrap=True)
+        terminal.print(rows_table("kernels: milliseconds a step", found["kernels"][:top]))
+    terminal.print(summary(found))
+    terminal.print(f"{out / 'summary.json'}, {out / 'ranges.png'}" + (f", {trace}" if trace else ""), soft_wrap=True)
 
 
 def summary(found: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from florence_fast.checks import whole
+from florence_fast.cli.outputs import check_out_folder
 from florence_fast.cli.table_flags import CsvCaptionKey, CsvImgKey, CsvSeparator
 from florence_fast.cli.usage import (
     PRECISION_HELP,
@@ -27,10 +29,10 @@ from florence_fast.cli.usage import (
     refuse_earlier_run,
     say,
 )
-from florence_fast.errors import require_count
 from florence_fast.text_files import read_json
 
 if TYPE_CHECKING:
+    from florence_fast.models import FlorenceConfig
     from florence_fast.train import TrainConfig
 
 DEFAULT_EPOCHS = 32
@@ -53,7 +55,10 @@ def command(
     pretrained: Annotated[
         str | None, typer.Option(help="Start from weights: a tag, a folder (of a run, too) or a file.")
     ] = None,
-    force_image_size: Annotated[int | None, typer.Option(min=1, help="Side of the pictures in pixels.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", "--force-image-size", min=4, help="Side of the pictures in pixels."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help=f"Length in passes [default: {DEFAULT_EPOCHS}].")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length in steps, in place of --epochs.")] = None,
     config: Annotated[Path | None, typer.Option(help="TrainConfig as JSON, stages too; given flags win.")] = None,
@@ -83,7 +88,7 @@ def command(
     augment: Annotated[bool, typer.Option("--augment", help="Turn, shear and recolour the pictures.")] = False,
     max_bad_share: Annotated[float | None, _flag(0.01, help="Share of unreadable pairs that stops it.")] = None,
     max_skipped_steps: Annotated[int | None, _flag(20, min=0, help="NaN steps in a row that stop it.")] = None,
-    seed: Annotated[int | None, _flag(0, min=0, help="Of weights, order and augmentation.")] = None,
+    seed: Annotated[int | None, _flag(0, min=0, max=2**63 - 1, help="Of weights, order and augmentation.")] = None,
     save_frequency: Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints.")] = None,
     keep_checkpoints: Annotated[int | None, _flag(3, min=1, help="How many checkpoints stay.")] = None,
     log_every_n_steps: Annotated[int | None, _flag(10, min=1, help="Steps between lines of the log.")] = None,
@@ -101,14 +106,15 @@ def command(
     import torch
 
     from florence_fast.data import BatchAugment, open_pairs
-    from florence_fast.models import get_model_config
     from florence_fast.provenance import provenance
     from florence_fast.train import ResumeError, TrainConfig, Trainer, init_distributed
     from florence_fast.train.distributed import rank, world_size
 
     with refusals_as_wrong_usage():
-        image_size = force_image_size or get_model_config(model).image.img_size
+        own_size = _dual_encoder(model).image.img_size
+        image_size = image_size or own_size
         folder = _run_folder(logs, name, model, resume)
+        check_out_folder("--logs", folder)
         device = pick_device(device) if device else str(init_distributed())
         source = open_pairs(train_data, img_key=csv_img_key, caption_key=csv_caption_key, separator=csv_separator)
         fields = {field.name for field in dataclasses.fields(TrainConfig)}
@@ -116,7 +122,7 @@ def command(
         run = _config(config, given, image_size, epochs, steps, accum_freq, save_frequency, len(source), world_size())
 
     torch.manual_seed(run.seed)
-    net, tokenizer = load(model, pretrained, device)
+    net, tokenizer = load(model, None if pretrained == "none" else pretrained, device)
     pixels = BatchAugment(net.config.image_mean, net.config.image_std) if augment else None
     about = {"command": provenance()["command"], "model": model, "pretrained": pretrained, "data": train_data}
     with refusals_as_wrong_usage():
@@ -158,12 +164,27 @@ def _run_folder(logs: Path, name: str | None, model: str, resume: str | None) ->
     """The folder of this run, refused when a run that is not to be continued lies there."""
     if name is None and (resume == "latest" or "RANK" in os.environ):
         raise ValueError("--name is needed with --resume latest and under torchrun, to say which run it is")
-    folder = logs / (name or f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}")
+    folder = logs / (name or f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{Path(model).name}")
     if resume is None:
         refuse_earlier_run(folder)
     if resume not in (None, "latest") and not Path(resume).is_file():
         raise FileNotFoundError(f"no such checkpoint: {resume}")
     return folder
+
+
+def _dual_encoder(model: str) -> "FlorenceConfig":
+    """The configuration of the model that is trained.
+
+    Raises:
+        ValueError: it has no text tower.
+    """
+    from florence_fast.models import FlorenceConfig
+    from florence_fast.models.factory import model_config
+
+    config = model_config(model)
+    if not isinstance(config, FlorenceConfig):
+        raise ValueError(f"{model} is an image tower: contrastive training takes a dual encoder, as florence_nano")
+    return config
 
 
 def _config(
@@ -188,8 +209,7 @@ def _config(
     if "stages" in settings and (epochs or steps):
         raise WrongUsage(f"the stages of {file} say how long the run is: leave out --epochs and --steps")
     settings = {**settings, **given}
-    at_once = settings.get("batch_size", TrainConfig.batch_size)
-    require_count("batch_size", at_once, at_least=1)
+    at_once = whole("batch_size", settings.get("batch_size", TrainConfig.batch_size))
     if accum_freq > 1:
         settings |= {"batch_size": at_once * accum_freq, "micro_batch_size": at_once}
     steps_per_epoch = max(1, num_pairs // (at_once * accum_freq * num_processes))

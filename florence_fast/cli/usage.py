@@ -31,10 +31,17 @@ def one_of(*known: str) -> Callable[[str], str]:
     return check
 
 
-Model = Annotated[str, typer.Option("--model", help="Name of the model; an unknown one lists those that there are.")]
+Model = Annotated[
+    str, typer.Option("--model", help="Name or folder of the model; an unknown name lists those that there are.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of what is drawn at random.")]
 Pretrained = Annotated[
     str | None,
-    typer.Option("--pretrained", help="Weights: a tag, a folder (of a run, too), a file, or 'none'."),
+    typer.Option(
+        "--pretrained",
+        help="Weights: a tag, a folder (of a run, too), a file, or 'none'.",
+        show_default="the model's first tag",
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1; by default a GPU if there is one.")]
 Precision = Annotated[
@@ -96,14 +103,45 @@ def say(text: str) -> None:
 def load(
     model: str, pretrained: str | None, device: str | None, precision: str = "fp32", resize_mode: str | None = None
 ) -> tuple["nn.Module", Any]:
-    """Create a model on its device, with its tokenizer; a name, tag or device that is not there is wrong usage."""
+    """Create a dual encoder on its device, with its tokenizer; a name, tag or device that is not there is wrong usage.
+
+    ``pretrained`` is what `weights_of` returns.
+    """
     import florence_fast as ff
 
     with refusals_as_wrong_usage():
-        weights = None if pretrained == "none" else pretrained
+        tokenizer = ff.get_tokenizer(model)
         options = {"image_resize_mode": resize_mode} if resize_mode else {}
-        net = ff.create_model(model, pretrained=weights, precision=precision, device=pick_device(device), **options)
-        return net, ff.get_tokenizer(model)
+        net = ff.create_model(model, pretrained=pretrained, precision=precision, device=pick_device(device), **options)
+        return net, tokenizer
+
+
+def weights_of(model: str, pretrained: str | None, note: bool = False) -> str | None:
+    """Return what ``--pretrained`` means: the model's first tag or own weights if it is not given, None for 'none'.
+
+    Args:
+        model: the value of ``--model``.
+        pretrained: the value of ``--pretrained``.
+        note: say on stderr what the shipped weights were trained on.
+
+    Raises:
+        WrongUsage: the model is not known, or comes without weights and none are given.
+    """
+    from florence_fast.models import list_pretrained
+    from florence_fast.models.factory import local_path, model_config
+
+    if pretrained is None:
+        with refusals_as_wrong_usage():
+            model_config(model)
+        if local_path(model) is not None:
+            return None
+        tags = [tag for name, tag in list_pretrained() if name == model]
+        if not tags:
+            raise WrongUsage(f"{model} comes without weights: give --pretrained a file, or 'none' for random ones")
+        pretrained = tags[0]
+    if note and (model, pretrained) in list_pretrained():
+        print(f"note: the weights {pretrained!r} were trained on emoji, not on photographs", file=sys.stderr)
+    return None if pretrained == "none" else pretrained
 
 
 def settle_precision(word: str, device: "str | torch.device") -> str:
@@ -126,7 +164,7 @@ def pick_device(name: str | None) -> str:
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return name

@@ -4,18 +4,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from florence_fast.cli.usage import Device, pick_device, refusals_as_wrong_usage
+from florence_fast.cli.outputs import check_out_file
+from florence_fast.cli.usage import Device, Seed, pick_device, refusals_as_wrong_usage
+from florence_fast.console import console
 
 
 def command(
     device: Device = None,
     compile: Annotated[bool, typer.Option("--compile", help="Time torch.compile too: a minute more.")] = False,
     no_times: Annotated[bool, typer.Option("--no-times", help="Only check the values.")] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The first of three.")] = 0,
-    out: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--json", help="Write every figure to this file, as JSON.")
+    ] = None,
 ) -> None:
     """Check every op here against float64, and time it.
 
@@ -25,10 +28,11 @@ def command(
     from florence_fast.files import write_json
     from florence_fast.verify import SECONDS, verify
 
+    check_out_file("--out", out)
     with refusals_as_wrong_usage():
         device = pick_device(device)
-    console = Console(markup=False, highlight=False)
-    with console.status("starting") as status:
+    terminal = console()
+    with terminal.status("starting") as status:
         found = verify(
             device,
             seeds=(seed, seed + 1, seed + 2),
@@ -37,12 +41,12 @@ def command(
             show=status.update,
         )
     for op in dict.fromkeys(row["op"] for row in found["checks"]):
-        console.print(checks_table(op, [row for row in found["checks"] if row["op"] == op]))
+        terminal.print(checks_table(op, [row for row in found["checks"] if row["op"] == op]))
     for row in {row["reason"]: row for row in found["checks"] if "reason" in row}.values():
-        console.print(f"{'not run' if row['passed'] is None else 'WRONG'}: {row['reason']}")
+        terminal.print(f"{'not run' if row['passed'] is None else 'WRONG'}: {row['reason']}")
     for op in dict.fromkeys(row["op"] for row in found["times"]):
-        console.print(times_table([row for row in found["times"] if row["op"] == op]))
-    console.print(f"{found['device']}, torch {found['torch']}, seeds {found['seeds']}: {summary(found)}")
+        terminal.print(times_table([row for row in found["times"] if row["op"] == op]))
+    terminal.print(f"{found['device']}, torch {found['torch']}, seeds {found['seeds']}: {summary(found)}")
     if out is not None:
         write_json(out, found)
     if not found["passed"]:

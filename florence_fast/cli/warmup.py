@@ -3,7 +3,6 @@
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from florence_fast.cli.usage import (
@@ -15,6 +14,7 @@ from florence_fast.cli.usage import (
     refusals_as_wrong_usage,
     settle_precision,
 )
+from florence_fast.console import console
 from florence_fast.precision import PRECISIONS
 
 
@@ -29,8 +29,9 @@ def command(
             help=PRECISION_HELP,
         ),
     ] = "auto",
-    img_size: Annotated[
-        int | None, typer.Option("--img-size", min=4, help="Side of the pictures.", show_default="the model's")
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", "--img-size", min=4, help="Side of the pictures.", show_default="the model's"),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Pictures of one batch.")] = 8,
     train: Annotated[bool, typer.Option("--train", help="The backward too.")] = False,
@@ -52,12 +53,12 @@ def command(
     with refusals_as_wrong_usage():
         get_model_config(model)
     precision = settle_precision(precision, device)
-    console = Console(markup=False, highlight=False)
-    with console.status(f"running {model}"):
-        found = warm_up(model, device, precision=precision, img_size=img_size, batch_size=batch_size, train=train)
+    terminal = console()
+    with terminal.status(f"running {model}"):
+        found = warm_up(model, device, precision=precision, img_size=image_size, batch_size=batch_size, train=train)
     if found["kernels"]:
-        console.print(kernels_table(found["kernels"]))
-    console.print(summary(found), soft_wrap=True)
+        terminal.print(kernels_table(found["kernels"]))
+    terminal.print(summary(found), soft_wrap=True)
 
 
 def kernels_table(rows: list[dict[str, Any]]) -> Table:

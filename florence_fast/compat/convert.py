@@ -47,7 +47,7 @@ Config = FlorenceConfig | ImageConfig | TextConfig
 TEXT_CONFIG_KEY = "florence_fast_text_config"
 """The metadata of a text tower alone, which is no model that can be created by name."""
 
-_PICKLED = (".pth", ".pt", ".bin")
+PICKLED = (".pth", ".pt", ".bin")
 # what UniCL's released code computes and its tensors do not show
 _UNICL_TEXT = {"act": "quick_gelu", "norm_eps": 1e-12}
 _UNICL = {"init_logit_scale": 2.718281828459045, "max_logit_scale": None}
@@ -337,7 +337,7 @@ def _match(state: State, config: Config, source: str) -> tuple[State, list[str],
 def _write(out: Path, state: State, config: Config, to: str) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     values = config.to_dict()
-    if out.suffix in _PICKLED:
+    if out.suffix in PICKLED:
         out.parent.mkdir(parents=True, exist_ok=True)
         # a file object, because torch does not say why writing to a path failed
         with replacing(out) as beside, open(beside, "wb") as file:

@@ -21,7 +21,7 @@ def register_with_transformers() -> list[str]:
     ``import florence_fast`` has the same effect, before ``import transformers`` or after it.
 
     Returns:
-        The classes that stand for it: configuration, image processor, model and tokenizer.
+        The classes that stand for it: configuration, image processor, model, tokenizer and processor.
 
     Raises:
         ImportError: transformers is not installed.
@@ -30,7 +30,8 @@ def register_with_transformers() -> list[str]:
     >>> model = transformers.AutoModel.from_pretrained("written/by/save_for_transformers")
     """
     _require_transformers()
-    return [register() for register in (register_config, register_image_processor, register_model, register_tokenizer)]
+    registrations = (register_config, register_image_processor, register_model, register_tokenizer, register_processor)
+    return [register() for register in registrations]
 
 
 def register_config() -> str:
@@ -57,13 +58,25 @@ def register_image_processor() -> str:
     return OurProcessor.__name__
 
 
+def register_processor() -> str:
+    """Tell ``AutoProcessor`` of ours, and return the name of its class."""
+    from transformers.models.auto.processing_auto import AutoProcessor
+
+    from florence_fast.compat.transformers_config import FlorenceFastConfig
+    from florence_fast.compat.transformers_processor import FlorenceFastProcessor
+
+    AutoProcessor.register(FlorenceFastConfig, FlorenceFastProcessor, exist_ok=True)
+    return FlorenceFastProcessor.__name__
+
+
 def register_model() -> str:
-    """Tell ``AutoModel`` of our dual encoder, and return the name of its class."""
-    from transformers.models.auto.modeling_auto import AutoModel
+    """Tell ``AutoModel`` and its sister for zero-shot classification of our dual encoder; return its class's name."""
+    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForZeroShotImageClassification
 
     from florence_fast.compat.transformers_model import FlorenceFastModel
 
-    AutoModel.register(FlorenceFastModel.config_class, FlorenceFastModel, exist_ok=True)
+    for auto in (AutoModel, AutoModelForZeroShotImageClassification):
+        auto.register(FlorenceFastModel.config_class, FlorenceFastModel, exist_ok=True)
     return FlorenceFastModel.__name__
 
 
@@ -79,7 +92,7 @@ def register_tokenizer() -> str:
 
 
 def save_for_transformers(model: Florence, directory: str | os.PathLike[str]) -> Path:
-    """Write a model, its image processor and its tokenizer where transformers' Auto classes find them.
+    """Write a model where transformers' Auto classes find it, as `Florence.save_pretrained` does.
 
     Returns:
         The directory. `florence_fast.create_model(name, pretrained=directory/"model.safetensors")` reads the same file.
@@ -93,17 +106,7 @@ def save_for_transformers(model: Florence, directory: str | os.PathLike[str]) ->
     if not isinstance(model, Florence):
         raise TypeError(f"model must be a Florence, got {type(model).__name__}")
     _require_transformers()
-    from florence_fast.compat.transformers_image_processor import FlorenceFastImageProcessor
-    from florence_fast.compat.transformers_model import FlorenceFastModel
-    from florence_fast.compat.transformers_tokenizer import FlorenceFastTokenizer
-
-    config = model.config
-    FlorenceFastModel.from_florence(model).save_pretrained(directory)
-    processor = {"size": config.image.img_size, "image_mean": config.image_mean, "image_std": config.image_std}
-    processor |= {"resize_mode": config.resize_mode, "interpolation": config.interpolation}
-    FlorenceFastImageProcessor(**processor).save_pretrained(directory)
-    FlorenceFastTokenizer(model_max_length=config.text.context_length).save_pretrained(directory)
-    return Path(directory)
+    return model.save_pretrained(directory)
 
 
 def _require_transformers() -> None:

@@ -11,6 +11,19 @@ from pathlib import Path
 from florence_fast.data.pairs import PairText
 from florence_fast.text_files import read_json
 
+BLANK = "{}"
+
+
+def fill(template: str, text: str) -> str:
+    """Put ``text`` into the blanks ``{}`` of a template; other braces are plain characters.
+
+    Raises:
+        ValueError: ``template`` has no blank.
+    """
+    if BLANK not in template:
+        raise ValueError(f"a template must hold {BLANK}, which stands for the text, got {template!r}")
+    return template.replace(BLANK, text)
+
 
 class Template(str):
     """A template that may be formatted, as a str, or called with the name, as open_clip's templates are.

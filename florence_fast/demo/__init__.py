@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from florence_fast.console import console
 from florence_fast.data.artists import artists_names, artists_test, artists_train
 from florence_fast.demo.curves import draw_curves
 from florence_fast.demo.grounds import on_grounds
@@ -81,12 +81,12 @@ def run(
         raise ValueError(f"minutes must be a positive number, got {minutes!r}")
     if not resume and any((out / "training" / "checkpoints").glob("step_*.pt")):
         raise FileExistsError(f"{out} holds a run already: resume=True goes on with it, another folder starts anew")
-    console = Console(markup=False, highlight=False)
+    terminal = console()
     recipe = FURTHER if pretrained else LONG if long else QUICK
     precision = resolve_precision("auto", device)
     config = recipe.config(loss=loss, seed=seed, precision=precision)
     kept = Plan.read(out / PLAN, recipe.name, len(config.stages)) if resume and (out / PLAN).is_file() else None
-    shipped = show_shipped(MODEL, device, precision, console)
+    shipped = show_shipped(MODEL, device, precision, terminal)
     torch.manual_seed(seed)
     model, tokenizer = create_model(MODEL, pretrained=pretrained, device=device), get_tokenizer(MODEL)
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -98,7 +98,7 @@ def run(
         plan = kept or make_plan(recipe.name, config, speed, minutes)
         config = recipe.config(loss=loss, seed=seed, precision=precision, stages=plan.stages(config.stages))
         plan.write(out / PLAN)
-        console.print(f"Training from {pretrained or 'nothing'}: {config.total_steps:,} steps of {config.batch_size}.")
+        terminal.print(f"Training from {pretrained or 'nothing'}: {config.total_steps:,} steps of {config.batch_size}.")
 
     progress = Progress(model, tokenizer, config, speed)
     folder = out / "training"
@@ -182,9 +182,9 @@ def print_summary(results: dict[str, Any], out: Path) -> None:
     }
     for name, shares in rows.items():
         table.add_row(name, *(f"{share:.1%}" for share in shares))
-    console = Console()
-    console.print(table)
+    terminal = console()
+    terminal.print(table)
     grounds = results["grounds"]
-    console.print(f"of 40 names: {grounds['white']:.0%} on white, {grounds['mean']:.0%} on other grounds")
-    console.print(f"trained for {results['seconds']:.0f} s at {results['images_per_second']:.0f} images/s")
-    console.print(f"look at {out / 'report.html'}; ask with: florence-fast search --pretrained {out / 'model'} ...")
+    terminal.print(f"of 40 names: {grounds['white']:.0%} on white, {grounds['mean']:.0%} on other grounds")
+    terminal.print(f"trained for {results['seconds']:.0f} s at {results['images_per_second']:.0f} images/s")
+    terminal.print(f"look at {out / 'report.html'}; ask with: florence-fast search --pretrained {out / 'model'} ...")

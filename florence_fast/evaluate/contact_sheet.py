@@ -22,19 +22,20 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
   body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }}
-  main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1rem; }}
   figure {{ margin: 0; }}
   img {{ width: 100%; aspect-ratio: 1; object-fit: contain; background: #f4f4f4; border-radius: 6px; }}
   figcaption {{ overflow-wrap: anywhere; }}
   small {{ color: #666; }}
 </style>
-<h1>{title}</h1>
-<p>{count} pictures, best first; the number is the cosine between the picture and the words.</p>
-<main>
-{figures}
-</main>
+{searches}
 </html>
 """
+
+SEARCH = """<h1>{title}</h1>
+<p>{count} pictures, best first; the number is the cosine between the picture and the words.</p>
+<main style="display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1rem">
+{figures}
+</main>"""
 
 FIGURE = (
     '<figure><img src="{data}" alt="{name}"><figcaption>{rank}. {name} <small>{score:.3f}</small></figcaption></figure>'
@@ -43,16 +44,39 @@ FIGURE = (
 
 def contact_sheet(query: str, hits: Sequence[Hit], folder: Path) -> str:
     """Return the HTML page of the ranked ``hits``; names are shown relative to ``folder``."""
-    figures = [
+    return contact_sheets([(query, hits)], folder)
+
+
+def contact_sheets(searches: Sequence[tuple[str, Sequence[Hit]]], folder: Path) -> str:
+    """Return one HTML page of several searches, each a query and its ranked hits."""
+    title = "; ".join(_escaped(query) for query, _ in searches)
+    return PAGE.format(title=title, searches="\n".join(figures(query, hits, folder) for query, hits in searches))
+
+
+def figures(query: str, hits: Sequence[Hit], folder: Path | None = None) -> str:
+    """Return the part of a page that shows the hits of one query, which a notebook can show by itself."""
+    shown = [
         FIGURE.format(
-            data=thumbnail_uri(open_picture(hit.path)),
-            name=html.escape(printable(os.path.relpath(hit.path, folder)), quote=True),
+            data=_thumbnail(hit.path),
+            name=_escaped(hit.path if folder is None else os.path.relpath(hit.path, folder)),
             rank=rank,
             score=hit.score,
         )
         for rank, hit in enumerate(hits, start=1)
     ]
-    return PAGE.format(title=html.escape(printable(query), quote=True), count=len(hits), figures="\n".join(figures))
+    return SEARCH.format(title=_escaped(query), count=len(hits), figures="\n".join(shown))
+
+
+def _escaped(text: object) -> str:
+    return html.escape(printable(text), quote=True)
+
+
+def _thumbnail(path: Path) -> str:
+    """The image as an address, or an empty one for an image that has gone since it was encoded."""
+    try:
+        return thumbnail_uri(open_picture(path))
+    except (OSError, ValueError):
+        return "data:,"
 
 
 def thumbnail_uri(image: Image.Image, size: int = THUMBNAIL) -> str:

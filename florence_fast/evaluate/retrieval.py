@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from florence_fast.data.labels import text_label
 from florence_fast.data.pairs import PairSource
+from florence_fast.data.prompts import fill
 from florence_fast.evaluate.features import (
     ImageTransform,
     encode_images,
@@ -63,7 +64,7 @@ def retrieval(
     text_of_row, first_texts = _number_distinct([text_label(text) for text in texts])
 
     images_ND = encoded.features[first_rows]
-    asked = [template.format(texts[row]) for row in first_texts]
+    asked = [fill(template, texts[row]) for row in first_texts]
     texts_MD = encode_texts(model, tokenizer, asked, batch_size=batch_size, precision=precision, progress=progress)
     right = torch.tensor(sorted(set(zip(picture_of_row, text_of_row, strict=True))), device="cpu")
     return {

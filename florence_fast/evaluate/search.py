@@ -2,17 +2,21 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from florence_fast.data.folder_walk import files_below
 from florence_fast.data.left_out import LeftOut
+from florence_fast.data.loader import BadDataError
+from florence_fast.data.pairs import Subset
 from florence_fast.data.pictures import SUFFIXES, open_picture
+from florence_fast.evaluate import feature_file
 from florence_fast.evaluate.features import ImageTransform, encode_images, encode_texts
 from florence_fast.printable import printable
 
@@ -24,6 +28,19 @@ class Hit(NamedTuple):
 
     path: Path
     score: float
+
+
+class Hits(list[Hit]):
+    """The answers of one search, best first; a notebook shows the images."""
+
+    def __init__(self, hits: Iterable[Hit] = (), query: str = "") -> None:
+        super().__init__(hits)
+        self.query = query
+
+    def _repr_html_(self) -> str:
+        from florence_fast.evaluate.contact_sheet import figures
+
+        return figures(self.query, self)
 
 
 class PictureFolder:
@@ -68,11 +85,11 @@ class PictureIndex:
     features: Tensor
     """(N, D) of length 1, row i belongs to ``paths[i]``."""
 
-    def search(self, query_features: Tensor, top: int = 10) -> list[Hit]:
+    def search(self, query_features: Tensor, top: int = 10) -> Hits:
         """Return the ``top`` pictures nearest to one encoded query of shape (D,), best first, ties by path."""
         scores = self.features @ query_features
         order = scores.argsort(descending=True, stable=True)[:top].tolist()
-        return [Hit(self.paths[row], scores[row].item()) for row in order]
+        return Hits(Hit(self.paths[row], scores[row].item()) for row in order)
 
 
 def index_pictures(
@@ -83,27 +100,57 @@ def index_pictures(
     batch_size: int = 64,
     precision: str = "auto",
     progress: bool = False,
+    file: str | os.PathLike[str] | None = None,
 ) -> PictureIndex:
     """Encode every readable picture of a folder; the others are named in the log.
 
+    Args:
+        model: A dual encoder.
+        pictures: The folder.
+        transform: From a PIL picture to a tensor; by default the model's own evaluation transform.
+        batch_size: Pictures in one forward pass.
+        precision: As in ``encode_images``.
+        progress: Show a progress bar.
+        file: Keep the features here, and encode only pictures that are new or whose modification time or size has
+            changed since. Features of another model, or at another precision, are computed anew.
+
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: As ``PictureFolder``.
+        ValueError: ``file`` is something else than an index, or is given with a ``transform``.
         BadDataError: No picture can be read.
 
     >>> index = index_pictures(model, "holiday")
     >>> search(model, tokenizer, index, "a dog on a beach")[0].path
     """
     pictures = pictures if isinstance(pictures, PictureFolder) else PictureFolder(pictures)
-    encoded = encode_images(
-        model,
-        pictures,
-        transform,
-        batch_size=batch_size,
-        precision=precision,
-        max_bad_share=1.0,
-        progress=progress,
-    )
-    return PictureIndex([pictures.paths[index] for index in encoded.indices], encoded.features)
+    if file is not None and transform is not None:
+        raise ValueError("an index in a file is made with the model's own transform: leave out transform or file")
+
+    def encode(numbers: list[int]) -> tuple[list[int], Tensor]:
+        part = Subset(pictures, numbers)
+        try:
+            found = encode_images(
+                model,
+                part,
+                transform,
+                batch_size=batch_size,
+                precision=precision,
+                max_bad_share=1.0,
+                progress=progress,
+            )
+        except BadDataError:
+            if len(part) == len(pictures):
+                raise
+            return [], torch.empty(0)  # those that the file knows are left
+        return [numbers[row] for row in found.indices], found.features
+
+    if file is None:
+        numbers, features = encode(list(range(len(pictures))))
+    else:
+        wanted = feature_file.stamps(pictures.paths, pictures.folder)
+        key = feature_file.model_digest(model, precision)
+        numbers, features = feature_file.with_file(Path(file), key, wanted, encode)
+    return PictureIndex([pictures.paths[number] for number in numbers], features)
 
 
 def search(
@@ -112,6 +159,7 @@ def search(
     index: PictureIndex,
     query: str,
     top: int = 10,
-) -> list[Hit]:
+) -> Hits:
     """Rank the pictures of ``index`` by how near they are to the words of ``query``, best first."""
-    return index.search(encode_texts(model, tokenizer, [query])[0], top)
+    hits = index.search(encode_texts(model, tokenizer, [query])[0], top)
+    return Hits(hits, query)

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from florence_fast.data.labels import text_label
 from florence_fast.data.pairs import PairSource
+from florence_fast.data.prompts import fill
 from florence_fast.errors import did_you_mean
 from florence_fast.evaluate.features import ImageTransform, encode_images, evaluating, with_texts
 from florence_fast.evaluate.ranking import ranks, recalls
@@ -136,4 +137,4 @@ def class_indices(names: Sequence[str], classnames: Sequence[str]) -> list[int]:
 
 
 def _describe(template: Template, name: str) -> str:
-    return template.format(name) if isinstance(template, str) else template(name)
+    return fill(template, name) if isinstance(template, str) else template(name)

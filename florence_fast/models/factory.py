@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from florence_fast.errors import did_you_mean
 from florence_fast.models.config import IMAGENET_MEAN, IMAGENET_STD, FlorenceConfig, ImageConfig
 from florence_fast.models.florence import Florence, build_tower
 from florence_fast.models.pretrained import find_pretrained, fit_state
-from florence_fast.models.reading import Checkpoint, read_checkpoint
-from florence_fast.models.registry import ModelConfig, config_from_dict, get_model_config
+from florence_fast.models.reading import PICKLED, WEIGHTS_NAME, Checkpoint, read_checkpoint
+from florence_fast.models.registry import ModelConfig, config_from_dict, get_model_config, list_models
 from florence_fast.models.tower import FeatureExtractor, ImageTower
 from florence_fast.precision import check_precision, is_pure, weights_dtype
 
@@ -66,7 +67,7 @@ def build_with(config: ModelConfig, checkpoint: Checkpoint, strict: bool = True)
 
 
 def create_model(
-    model_name: str,
+    model_name: str | os.PathLike[str],
     pretrained: str | os.PathLike[str] | None = None,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
@@ -81,7 +82,8 @@ def create_model(
     """Build a model by name, with weights if asked.
 
     Args:
-        model_name: one of `list_models()`, or ``"local-dir:PATH"`` for what `save_pretrained` wrote there.
+        model_name: one of `list_models()`; or the path of a folder or file of `save_pretrained`, whose model and
+            weights are taken, with or without ``"local-dir:"`` before it. A registered name wins over a folder.
         pretrained: a tag of `list_pretrained()`, a directory of `save_pretrained`, or a file: safetensors, or
             ``.pth``/``.pt`` with tensors alone, in our own layout or that of Microsoft's Swin or UniCL, timm's or
             Hugging Face's Swin. The configuration inside such a file is followed.
@@ -121,19 +123,23 @@ def create_model(
     return cast_weights(model, precision).to(device)
 
 
-def _plan(model_name: str, pretrained: str | os.PathLike[str] | None) -> tuple[ModelConfig, Checkpoint | None]:
+def _plan(
+    model_name: str | os.PathLike[str], pretrained: str | os.PathLike[str] | None
+) -> tuple[ModelConfig, Checkpoint | None]:
     """Find configuration and weights; a configuration that comes with the weights is followed where it may differ."""
-    if model_name.startswith(LOCAL_DIR):
-        checkpoint = read_checkpoint(model_name.removeprefix(LOCAL_DIR))
+    local = local_path(model_name)
+    if local is None:
+        named, checkpoint = get_model_config(os.fspath(model_name)), None
+    else:
+        checkpoint = read_checkpoint(local)
         if checkpoint.config is None:
             raise ValueError(
                 f"{checkpoint.path} holds no configuration: give the model's name, and this as pretrained="
             )
-        return config_from_dict(checkpoint.config), checkpoint
-    named = get_model_config(model_name)
-    if not pretrained:
-        return named, None
-    checkpoint = read_checkpoint(find_pretrained(model_name, pretrained))
+        named = config_from_dict(checkpoint.config)
+    if pretrained is None or pretrained is False or pretrained == "":
+        return named, checkpoint
+    checkpoint = read_checkpoint(find_pretrained(os.fspath(model_name), pretrained))
     if checkpoint.config is None:
         return named, checkpoint
     saved = config_from_dict(checkpoint.config)
@@ -143,6 +149,38 @@ def _plan(model_name: str, pretrained: str | os.PathLike[str] | None) -> tuple[M
     if differences:
         raise ValueError(f"{checkpoint.path} holds another model than {model_name}: {'; '.join(differences[:4])}")
     return saved, checkpoint
+
+
+def local_path(model_name: str | os.PathLike[str]) -> Path | None:
+    """Return the folder or file of weights that a model's name is, or None for the name of a registered model.
+
+    Raises:
+        TypeError: it is neither a str nor a path.
+    """
+    if not isinstance(model_name, str | os.PathLike):
+        raise TypeError(f"a model's name must be a str or a path, got {type(model_name).__name__}")
+    name = os.fspath(model_name)
+    if name.startswith(LOCAL_DIR):
+        return Path(name.removeprefix(LOCAL_DIR))
+    if not isinstance(model_name, os.PathLike) and (name in list_models() or not _looks_like_a_path(name)):
+        return None
+    return Path(name)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Say whether a name has a separator, or is that of a folder or file with weights; others may be of open_clip."""
+    path = Path(name)
+    is_saved = path.suffix in (".safetensors", *PICKLED) or (path / WEIGHTS_NAME).is_file()
+    return is_saved or (os.sep in name and ":" not in name)
+
+
+def model_config(model_name: str | os.PathLike[str]) -> ModelConfig:
+    """Return the configuration of what `create_model` builds for a name, a folder or a file.
+
+    Raises:
+        ValueError, FileNotFoundError: as `create_model`.
+    """
+    return _plan(model_name, None)[0]
 
 
 def _differences(named: ModelConfig, saved: ModelConfig) -> list[str]:
@@ -224,7 +262,7 @@ def create_model_from_pretrained(
     Raises:
         ValueError: no weights were named; drawn ones would be of no use.
     """
-    if not pretrained and not model_name.startswith(LOCAL_DIR):
+    if not pretrained and local_path(model_name) is None:
         raise ValueError(
             f"create_model_from_pretrained({model_name!r}) needs pretrained=: a tag, a directory or a file"
         )
@@ -255,7 +293,7 @@ def get_tokenizer(model_name: str, context_length: int | None = None) -> Callabl
     """
     from florence_fast.data.tokenizer import Tokenizer
 
-    config = _plan(model_name, None)[0]
+    config = model_config(model_name)
     if not isinstance(config, FlorenceConfig):
         raise ValueError(f"{model_name} is an image tower and reads no text")
     return Tokenizer(context_length or config.text.context_length)

@@ -37,6 +37,12 @@ def find_pretrained(model_name: str, pretrained: str | os.PathLike[str]) -> Path
         FileNotFoundError: it looks like a path and nothing is there.
         ValueError: no such tag; the message holds the tags there are.
     """
+    tags = [tag for name, tag in list_pretrained() if name == model_name]
+    there = f"the tags of {model_name}: {', '.join(tags)}" if tags else f"{model_name} comes without weights"
+    if isinstance(pretrained, bool):
+        raise ValueError(f"pretrained={pretrained} does not say which weights: give a tag, a folder or a file; {there}")
+    if not isinstance(pretrained, str | os.PathLike):
+        raise TypeError(f"pretrained must be a tag or a path, got {type(pretrained).__name__}; {there}")
     path = Path(pretrained)
     shipped = SHIPPED / f"{model_name}-{pretrained}.safetensors"
     if isinstance(pretrained, str) and os.sep not in pretrained and shipped.is_file():
@@ -45,9 +51,11 @@ def find_pretrained(model_name: str, pretrained: str | os.PathLike[str]) -> Path
         return path
     if isinstance(pretrained, os.PathLike) or len(path.parts) > 1 or path.suffix in (".safetensors", *PICKLED):
         raise FileNotFoundError(f"pretrained={str(pretrained)!r}: no such file or directory")
-    raise unknown(
-        f"pretrained tag of {model_name}", pretrained, [tag for name, tag in list_pretrained() if name == model_name]
-    )
+    if not tags:
+        raise ValueError(
+            f"unknown pretrained tag of {model_name} {pretrained!r}: it comes without weights; give a path"
+        )
+    raise unknown(f"pretrained tag of {model_name}", pretrained, tags)
 
 
 def load_state(model: Florence | ImageTower, state: State, *, strict: bool = True, source: str = "state") -> list[str]:

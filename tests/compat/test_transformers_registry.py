@@ -120,3 +120,53 @@ def test_what_cannot_be_is_refused(saved, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="pip install transformers"):
         register_with_transformers()
+
+
+def test_save_pretrained_writes_what_pipelines_and_processors_read(saved, picture, tmp_path, monkeypatch):
+    import transformers
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ours, _ = saved
+    directory = str(ours.save_pretrained(tmp_path / "nano"))
+    processor = transformers.AutoProcessor.from_pretrained(directory)
+    assert type(processor).__name__ == "FlorenceFastProcessor"
+    inputs = processor(text=TEXTS[:2], images=[picture], padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        images, texts, scale = ours(inputs["pixel_values"], ff.get_tokenizer("florence_nano")(TEXTS[:2]))
+        model = transformers.AutoModel.from_pretrained(directory)
+        torch.testing.assert_close(model(**inputs).logits_per_image, scale * images @ texts.T)
+    classify = transformers.pipeline("zero-shot-image-classification", model=directory, device="cpu")
+    found = classify(picture, candidate_labels=["cat", "red circle"], hypothesis_template="{}")
+    with torch.no_grad():
+        _, texts, _ = ours(text=ff.get_tokenizer("florence_nano")(["cat", "red circle"]))
+    expected = dict(zip(["cat", "red circle"], (scale * images @ texts.T).softmax(-1)[0].tolist(), strict=True))
+    assert {row["label"]: row["score"] for row in found} == pytest.approx(expected, abs=1e-5)
+    # what transformers writes again is ours still
+    model.save_pretrained(tmp_path / "again")
+    again = ff.create_model(tmp_path / "again")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(saved, monkeypatch):
+    import huggingface_hub.hub_mixin as mixin
+
+    asked = {}
+
+    class Api:
+        def __init__(self, token=None):
+            asked["token"] = token
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            asked["private"] = private
+            return type("Repo", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, *, repo_id, folder_path, **options):
+            asked.update(options, files=sorted(file.name for file in folder_path.iterdir()))
+            asked["config"] = ff.Florence.from_pretrained(folder_path).config
+            return f"commit in {repo_id}"
+
+    monkeypatch.setattr(mixin, "HfApi", Api)
+    ours, _ = saved
+    assert ours.push_to_hub("user/nano", private=True, commit_message="first") == "commit in user/nano"
+    assert asked["files"] == ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer_config.json"]
+    assert (asked["config"], asked["private"], asked["commit_message"]) == (ours.config, True, "first")

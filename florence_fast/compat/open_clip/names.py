@@ -22,7 +22,7 @@ from florence_fast import models
 from florence_fast.compat.accelerate import accelerate
 from florence_fast.data.tokenizer import Tokenizer
 from florence_fast.errors import require
-from florence_fast.models.factory import LOCAL_DIR
+from florence_fast.models.factory import LOCAL_DIR, local_path
 from florence_fast.precision import weights_dtype
 from florence_fast.text_files import read_json
 
@@ -48,7 +48,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
 
 
 def create_model(
-    model_name: str,
+    model_name: str | os.PathLike[str],
     pretrained: str | os.PathLike[str] | None = None,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
@@ -59,7 +59,7 @@ def create_model(
     """Build a model by name, with weights if asked: one of ours, or one of the installed open_clip or timm.
 
     Args:
-        model_name: one of `list_models()`, ``"local-dir:PATH"``, or a name that open_clip knows (``"ViT-B-32"``,
+        model_name: one of `list_models()`, the path of a saved model, or a name that open_clip knows (``"ViT-B-32"``,
             ``"hf-hub:..."``), or else timm (``"swin_tiny_patch4_window7_224"``).
         pretrained: for ours as in `florence_fast.models.create_model`; for open_clip's one of its tags or a file; for
             timm's whether to load weights.
@@ -215,11 +215,10 @@ def load_checkpoint(
     return _require().load_checkpoint(model, str(checkpoint_path), strict=strict, **kwargs)
 
 
-def is_ours(model_name: str) -> bool:
-    """Say whether a name is that of a model of ours: registered, or a directory without open_clip's configuration."""
-    if model_name.startswith(LOCAL_DIR):
-        return not (Path(model_name.removeprefix(LOCAL_DIR)) / _THEIR_CONFIG).is_file()
-    return model_name in models.list_models()
+def is_ours(model_name: str | os.PathLike[str]) -> bool:
+    """Say whether a name is that of a model of ours: registered, or a path without open_clip's configuration."""
+    local = local_path(model_name)
+    return model_name in models.list_models() if local is None else not (local / _THEIR_CONFIG).is_file()
 
 
 def _theirs(pretrained: str | os.PathLike[str] | None, load_weights: bool = True, **options: Any) -> dict[str, Any]:

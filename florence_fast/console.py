@@ -1,0 +1,8 @@
+"""The terminal: tables and lines in which what a user typed, or a file is called, is shown as it is."""
+
+from rich.console import Console
+
+
+def console(stderr: bool = False) -> Console:
+    """Return a console that takes square brackets and colons for what they are, rather than for markup and emoji."""
+    return Console(markup=False, highlight=False, emoji=False, stderr=stderr)
