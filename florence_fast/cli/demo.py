@@ -46,10 +46,11 @@ def command(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Show what the shipped weights read, then train on pictures by six artists and read a seventh.
+    """Train on pictures by six artists, then read a seventh.
 
-    florence_nano learns the names of 8,666 pictures and is then asked about those of an artist that it has never
-    seen. The folder gets results.json, curves, a report with pictures, and the weights.
+    What the shipped weights read is shown first. florence_nano then learns the names of 8,666 pictures and is asked
+    about those of an artist that it has never seen. The folder gets results.json, curves, a report with pictures, and
+    the weights.
     """
     from florence_fast.models.pretrained import find_pretrained
 
