@@ -11,9 +11,7 @@
 #include <array>
 #include <atomic>
 #include <bit>
-#include <exception>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <tuple>
 #include <utility>
@@ -28,22 +26,6 @@ namespace {
 constexpr int hash_bits = 64;
 constexpr int64_t max_tasks = 512;
 constexpr int max_key_bits = 16;
-
-// parallel(), with the first exception of any task thrown again in the caller's thread.
-template <class Body>
-void parallel_or_throw(int threads, int64_t tasks, const Body& body) {
-  std::exception_ptr error;
-  std::mutex mutex;
-  parallel(threads, tasks, [&](int64_t task) {
-    try {
-      body(task);
-    } catch (...) {
-      const std::lock_guard lock(mutex);
-      if (!error) error = std::current_exception();
-    }
-  });
-  if (error) std::rethrow_exception(error);
-}
 
 // The bits of a hash in another order, which leaves distances as they are: the neighbours in a picture, which tend to
 // be equal together, come apart into different bands.
@@ -134,7 +116,7 @@ struct Distinct {
     Dealt dealt;
     dealt.deal<false>(threads, shuffled.data(), nullptr, count, {hash_bits - width, width});
     const int64_t buckets = int64_t{1} << width, tasks = std::min(buckets, max_tasks);
-    parallel_or_throw(threads, tasks, [&](int64_t task) {
+    parallel(threads, tasks, [&](int64_t task) {
       std::vector<std::pair<uint64_t, uint32_t>> run;
       for (int64_t bucket = buckets * task / tasks; bucket < buckets * (task + 1) / tasks; ++bucket) {
         const int64_t first = dealt.begin[bucket], last = dealt.begin[bucket + 1];
@@ -200,7 +182,7 @@ class Search {
       dealt.deal<true>(threads, all_.data(), nullptr, count, key);
       const Bits rest = bits.without(key);
       const int64_t buckets = int64_t{1} << key.width, tasks = std::min(buckets, max_tasks);
-      parallel_or_throw(threads, tasks, [&](int64_t task) {
+      parallel(threads, tasks, [&](int64_t task) {
         auto found = make(task);
         Worker<decltype(found)> worker{*this, found, earlier, {}};
         for (int64_t k = buckets * task / tasks; k < buckets * (task + 1) / tasks && !stopped_; ++k)
@@ -383,7 +365,7 @@ std::vector<Pair> near_matches(int threads, const uint64_t* queries, int64_t num
   if (num_queries <= worth_threads / std::max<int64_t>(count, 1)) threads = 1;
   const int64_t blocks = (count + step - 1) / step, tasks = std::min(blocks, max_tasks);
   Pairs pairs(std::max<int64_t>(tasks, 1), max_pairs);
-  parallel_or_throw(threads, tasks, [&](int64_t task) {
+  parallel(threads, tasks, [&](int64_t task) {
     for (int64_t block = blocks * task / tasks; block < blocks * (task + 1) / tasks; ++block) {
       const int64_t end = std::min(count, block * step + step);
       for (int64_t q = 0; q < num_queries; ++q) {

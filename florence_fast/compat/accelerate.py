@@ -27,6 +27,7 @@ from florence_fast.compat import (
     torchvision,
 )
 from florence_fast.compat.options import Options
+from florence_fast.compat.overlay import lay_over, take_off
 
 LIBRARIES = (hugging_face, hugging_face_v2, timm, timm_v2_cr, torchvision, monai, microsoft_swin, microsoft_merging)
 """Modules with LOOKS_FOR, FORWARDS, ``kind(module)`` and ``replacement(module, options)``."""
@@ -121,7 +122,7 @@ def accelerate(
         if isinstance(forward, str):
             skipped[name] = forward
         else:
-            module.forward = partial(forward, module)  # flat, so that its func is the library's forward
+            lay_over(module, forward)
             swapped.setdefault(kind, []).append(name)
     skipped |= _unknown_attention(model)
     report = Report(swapped, already, skipped)
@@ -154,7 +155,7 @@ def restore(model: nn.Module) -> list[str]:
     if not changed:
         raise ValueError(f"nothing to restore: no layer of this {type(model).__name__} is accelerated")
     for module in (*(module for _, module in changed), *leaves.swapped_in(model)):
-        del module.forward
+        take_off(module)
     return [name for name, _ in changed]
 
 

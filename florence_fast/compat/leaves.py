@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from florence_fast import ops, processor
+from florence_fast.compat.overlay import lay_over
 from florence_fast.models.layers import is_plain
 from florence_fast.ops.linear import convolution, is_slow
 
@@ -52,7 +53,7 @@ def swap(model: nn.Module, known: tuple[str, ...]) -> list[str]:
     inside = tuple(f"{name}." if name else "" for name in known)
     for name, module in model.named_modules():
         if type(module) in FORWARDS and is_plain(module, kinds=tuple(FORWARDS)) and not name.startswith(inside):
-            module.forward = partial(FORWARDS[type(module)], module)
+            lay_over(module, FORWARDS[type(module)])
             swapped.append(name)
     return swapped
 

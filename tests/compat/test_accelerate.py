@@ -292,6 +292,16 @@ def test_one_of_two_models_of_a_class_is_accelerated(calls):
         restore(other)
 
 
+def test_scripting_is_refused_with_the_way_out():
+    model = nn.Sequential(build())
+    accelerate(model, verbose=False)
+    for asked in (model, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot compile .* ff\.restore\(model\) first"):
+            torch.jit.script(asked)
+    restore(model)
+    assert not any("__prepare_scriptable__" in module.__dict__ for module in model.modules())
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_is_accelerated_and_stands_alone(copied, calls):
     model = build()
