@@ -14,6 +14,8 @@ ROUNDS = 3  # of the flood fill: each goes once in all four directions, round an
 NO_SPECK = 64  # of 255: without a neighbour of at least this distance from white, a rim pixel is mostly ground
 TEXTURES = 384
 TEXTURE_SIZE = 96
+WHITE_CARD = 0.15  # share of the grounds that have a white card on them
+CELLS = ((5, 5), (9, 9), (14, 14), (22, 22), (6, 24), (24, 6), (14, 40), (40, 14))  # rows and columns of blotches
 SHAPES = 40  # discs and rectangles that a texture of shapes is painted with, one over another
 LARGE_SHAPES = 4  # of the textures that have few
 
@@ -94,7 +96,7 @@ def _largest_of_neighbours(x: Tensor) -> Tensor:
 
 
 def draw_grounds(count: int, image_size: int, generator: torch.Generator) -> Tensor:
-    """Draw grounds: plain colours, gradients, smooth noise and heaps of shapes, in random colours.
+    """Draw grounds: plain colours, gradients, noise, blotches and heaps of shapes, in random colours.
 
     Args:
         count: how many, B.
@@ -119,19 +121,27 @@ def draw_grounds(count: int, image_size: int, generator: torch.Generator) -> Ten
     colour = torch.rand(count, 3, 1, generator=generator)
     grey = torch.rand(count, 1, 1, generator=generator) < 0.15
     colour = torch.where(grey, colour[:, :1], colour)
-    return torch.baddbmm(colour - 0.5 * mix.sum(-1, keepdim=True), mix, x.flatten(2)).clamp_(0, 1).view_as(x)
+    ground = torch.baddbmm(colour - 0.5 * mix.sum(-1, keepdim=True), mix, x.flatten(2)).clamp_(0, 1).view_as(x)
+    # A white card behind the drawing, turned a little: what is coloured lies around it.
+    card = _turned_box(count, image_size, 0.3, (0.65, 1.0), 0.15, generator).amax(0) < 1
+    card &= torch.rand(count, 1, 1, generator=generator) < WHITE_CARD
+    return ground.masked_fill_(card[:, None], 1)
 
 
 @functools.lru_cache(maxsize=2)
 def textures(size: int, count: int = TEXTURES) -> Tensor:
     """Make the textures that grounds are cut from, always the same: uint8 (count, 3, size, size)."""
     generator = torch.Generator().manual_seed(20)
-    third = count // 3
-    smooth = _noise(third, size, generator)
-    few = _shapes(third // 2, size, LARGE_SHAPES, (0.3, 0.9), generator)
-    many = _shapes(third - third // 2, size, SHAPES, (0.05, 0.4), generator)
-    ramps = _gradients(count - 2 * third, size, generator)
-    return torch.cat([smooth, few, many, ramps]).mul_(255).round_().to(torch.uint8)
+    part = count // 6
+    kinds = [
+        _noise(part, size, generator),
+        _shapes(part, size, LARGE_SHAPES, (0.3, 0.9), generator),
+        _shapes(part, size, SHAPES, (0.05, 0.4), generator),
+        _shapes(part, size, 3 * SHAPES, (0.04, 0.15), generator),
+        _blotches(part, size, generator),
+        _gradients(count - 5 * part, size, generator),
+    ]
+    return torch.cat(kinds).mul_(255).round_().to(torch.uint8)
 
 
 def _noise(count: int, size: int, generator: torch.Generator) -> Tensor:
@@ -147,18 +157,44 @@ def _noise(count: int, size: int, generator: torch.Generator) -> Tensor:
     return (total - low) / (high - low)
 
 
+def _blotches(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Irregular blotches of two colours, small or large, round or long."""
+    images = []
+    for number in range(count):
+        grid = torch.rand(1, 1, *CELLS[number % len(CELLS)], generator=generator) - 0.5
+        which = F.interpolate(grid, size=(size, size), mode="bicubic") > 0.2 * torch.rand((), generator=generator)
+        first, second = torch.rand(2, 1, 3, 1, 1, generator=generator)
+        images.append(torch.where(which, first, second))
+    return torch.cat(images)
+
+
+def _turned_box(
+    count: int, size: int, turn: float, sides: tuple[float, float], away: float, generator: torch.Generator
+) -> Tensor:
+    """Coordinates (2, count, size, size) along the axes of random boxes, below 1 inside.
+
+    Args:
+        count: number of boxes.
+        size: of the map.
+        turn: largest angle either way, in radians.
+        sides: smallest and largest half side; the map reaches from -1 to 1.
+        away: largest distance of the centre from that of the map, along each axis.
+        generator: source of all draws.
+    """
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
+    place = (torch.rand(count, 2, 1, 1, generator=generator) * 2 - 1) * away
+    half = sides[0] + (sides[1] - sides[0]) * torch.rand(count, 2, 1, 1, generator=generator)
+    angle = (torch.rand(count, 1, 1, generator=generator) * 2 - 1) * turn
+    y, x = rows - place[:, 0], columns - place[:, 1]
+    across, along = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+    return torch.stack([across / half[:, 0], along / half[:, 1]]).abs()
+
+
 def _shapes(count: int, size: int, shapes: int, sides: tuple[float, float], generator: torch.Generator) -> Tensor:
     """Discs and turned rectangles in random places, each painted over those before: edges as photographs have."""
-    rows, columns = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     image = torch.rand(count, 3, 1, 1, generator=generator).expand(-1, -1, size, size)
-    smallest, largest = sides
     for _ in range(shapes):
-        place = torch.rand(count, 2, 1, 1, generator=generator) * 2.4 - 1.2
-        half = smallest + (largest - smallest) * torch.rand(count, 2, 1, 1, generator=generator)
-        angle = torch.rand(count, 1, 1, generator=generator) * torch.pi
-        y, x = rows - place[:, 0], columns - place[:, 1]
-        across, along = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-        across, along = (across / half[:, 0]).abs(), (along / half[:, 1]).abs()
+        across, along = _turned_box(count, size, torch.pi, sides, 1.2, generator)
         disc = torch.rand(count, 1, 1, generator=generator) < 0.4
         inside = torch.where(disc, across.hypot(along), torch.maximum(across, along)) < 1
         image = torch.where(inside[:, None], torch.rand(count, 3, 1, 1, generator=generator), image)
