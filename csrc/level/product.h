@@ -64,6 +64,26 @@ inline void transpose_square(Vec (&rows)[lanes]) {
       rows[r + distance] = (Vec)_mm512_permutex2var_ps(a, (__m512i)high, b);
     }
   }
+#elif defined(__AVX2__)
+  // Pairs, then fours within each half of a vector, then the halves change places.
+  __m256 pairs[lanes], fours[lanes];
+#pragma GCC unroll 4
+  for (int r = 0; r < lanes; r += 2) {
+    pairs[r] = _mm256_unpacklo_ps((__m256)rows[r], (__m256)rows[r + 1]);
+    pairs[r + 1] = _mm256_unpackhi_ps((__m256)rows[r], (__m256)rows[r + 1]);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < lanes; r += 4) {
+    fours[r] = _mm256_shuffle_ps(pairs[r], pairs[r + 2], 0x44);
+    fours[r + 1] = _mm256_shuffle_ps(pairs[r], pairs[r + 2], 0xee);
+    fours[r + 2] = _mm256_shuffle_ps(pairs[r + 1], pairs[r + 3], 0x44);
+    fours[r + 3] = _mm256_shuffle_ps(pairs[r + 1], pairs[r + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    rows[r] = (Vec)_mm256_permute2f128_ps(fours[r], fours[r + 4], 0x20);
+    rows[r + 4] = (Vec)_mm256_permute2f128_ps(fours[r], fours[r + 4], 0x31);
+  }
 #else
   float square[lanes][lanes];
   for (int r = 0; r < lanes; ++r) {
@@ -217,6 +237,26 @@ inline void product_rows(int64_t height, int64_t depth, Left<Unit> left, const U
   }
 }
 
+// The same in tiles of `rows` and of one row less, where the height is made of those: a short tile at the end would wait
+// for each of its few sums. 49 rows, those of a window of 7 x 7, are 4 tiles of 6 and 5 of 5.
+template <bool accumulate, int rows, int vectors, class Unit>
+inline void product_even_rows(int64_t height, int64_t depth, Left<Unit> left, const Unit* b, int64_t b_stride, float* c,
+                              int64_t c_stride) {
+  const int64_t tiles = (height + rows - 1) / rows, large = height - tiles * (rows - 1);
+  if (large < 0) return product_rows<accumulate, rows, vectors>(height, depth, left, b, b_stride, c, c_stride);
+  int64_t m = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const Left<Unit> here{left.a + m * left.row_stride, left.row_stride, left.k_stride};
+    if (tile < large) {
+      product_tile<accumulate, rows, vectors>(depth, here, b, b_stride, c + m * c_stride, c_stride);
+      m += rows;
+    } else {
+      product_tile<accumulate, rows - 1, vectors>(depth, here, b, b_stride, c + m * c_stride, c_stride);
+      m += rows - 1;
+    }
+  }
+}
+
 // C (height x width) = or += A B, depth in units; width a multiple of `lanes`, rows of B and C padded to it.
 template <bool accumulate = false, class Unit>
 inline void product(int64_t height, int64_t width, int64_t depth, Left<Unit> left, const Unit* b, int64_t b_stride,
@@ -229,6 +269,13 @@ inline void product(int64_t height, int64_t width, int64_t depth, Left<Unit> lef
   // Sums fill the registers: 32 with AVX-512, 16 before, less a row of B and one value of A.
   constexpr bool many = lanes == 16;
   int64_t n = 0;
+  if constexpr (lanes == 8) {
+    for (; n + 2 * lanes <= width; n += 2 * lanes) {
+      product_even_rows<accumulate, 6, 2>(height, depth, left, b + n, b_stride, c + n, c_stride);
+    }
+    if (n < width) product_even_rows<accumulate, 10, 1>(height, depth, left, b + n, b_stride, c + n, c_stride);
+    return;
+  }
   if constexpr (many) {
     for (; n + 4 * lanes <= width; n += 4 * lanes) {
       product_rows<accumulate, 6, 4>(height, depth, left, b + n, b_stride, c + n, c_stride);

@@ -1,20 +1,26 @@
 """The ``cpp`` backend of mlp: the native activation, between products of the faster library.
 
 Where nothing is kept for a backward, rows pass through all three steps some at a time: the wide tensor of a chunk stays
-in the caches, and the whole one, which is four times as long as the input, never exists.
+in the caches, and the whole one, which is four times as long as the input, never exists. In the backward the gradient
+of the wide tensor and the activation exist for a chunk only, in memory that all chunks share: results of tens of
+megabytes would be mapped anew each time, and the first touch of a page costs more than the arithmetic on it.
 """
 
 import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops._product import linear, linear_into
+from florence_fast.ops._product import linear, linear_into, matmul_into, matmul_over_rows
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 """Their places are the numbers in csrc/kernels.h."""
 
 CHUNK_BYTES = 4 << 20
-"""How many bytes of the wide tensor exist at a time."""
+"""How many bytes of the wide tensor exist at a time, unless the weights are long."""
+BACKWARD_CHUNK_BYTES = 8 << 20
+"""The same in the backward, where each chunk adds to the whole gradients of the weights."""
+CHUNK_OVER_WEIGHT = 4
+"""A chunk is at least so many times as long as a weight, which every chunk reads and packs anew."""
 
 
 def mlp_fwd(
@@ -22,7 +28,7 @@ def mlp_fwd(
 ) -> Tensor:
     """Return the result (..., E), keeping nothing."""
     rows = x.reshape(-1, x.shape[-1])
-    step = max(1, CHUNK_BYTES // (weight1.shape[0] * x.element_size()))
+    step = _rows_of_chunk(weight1, weight2, CHUNK_BYTES)
     if rows.shape[0] <= step:
         out = linear(_hidden(rows, weight1, bias1, activation), weight2, bias2)
     else:
@@ -30,6 +36,61 @@ def mlp_fwd(
         for part, place in zip(rows.split(step), out.split(step), strict=True):
             linear_into(place, _hidden(part, weight1, bias1, activation), weight2, bias2)
     return out.view(*x.shape[:-1], weight2.shape[0])
+
+
+def _rows_of_chunk(weight1: Tensor, weight2: Tensor, chunk_bytes: int) -> int:
+    longest = max(weight1.numel(), weight2.numel()) * weight1.element_size()
+    return max(1, max(chunk_bytes, CHUNK_OVER_WEIGHT * longest) // (weight1.shape[0] * weight1.element_size()))
+
+
+def mlp_bwd(
+    grad: Tensor,
+    rows: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    hidden: Tensor,
+    needs: list[bool],
+    activation: str,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of rows (R, C), weight1, bias1 (float32) and weight2, None where ``needs`` is false.
+
+    ``grad`` (R, E) is the gradient of the result, ``hidden`` (R, F) the first product without its bias. At least one
+    of the four is needed.
+    """
+    needs_x, needs_weight1, needs_bias1, needs_weight2 = needs
+    step = _rows_of_chunk(weight1, weight2, BACKWARD_CHUNK_BYTES)
+    inner = needs_x or needs_weight1 or needs_bias1
+    d_wide, activated = (hidden.new_empty(min(step, len(hidden)), hidden.shape[1]) for _ in range(2))
+    dx = rows.new_empty(rows.shape) if needs_x else None
+    d_weight1 = d_bias1 = d_weight2 = None
+    for start in range(0, max(len(hidden), 1), step):  # one without rows gives gradients of zero
+        here = slice(start, start + step)
+        g, h, x = grad[here], hidden[here], rows[here]
+        d, out = d_wide[: len(h)], activated[: len(h)] if needs_weight2 else None
+        if inner:
+            matmul_into(d, g, weight2)
+            d_bias = hidden.new_zeros(hidden.shape[1], dtype=torch.float32) if needs_bias1 else None
+            _activation_bwd(d, h, bias1, activation, d, out, d_bias)
+            d_bias1 = _add(d_bias1, d_bias)
+        else:
+            _activation(h, bias1, activation, out)
+        if needs_x:
+            matmul_into(dx[here], d, weight1)
+        if needs_weight1:
+            d_weight1 = _add(d_weight1, matmul_over_rows(d, x))
+        if needs_weight2:
+            d_weight2 = _add(d_weight2, matmul_over_rows(g, out))
+    return dx, _as(d_weight1, weight1), d_bias1, _as(d_weight2, weight2)
+
+
+def _add(total: Tensor | None, term: Tensor | None) -> Tensor | None:
+    """Add a chunk's term to the total of those before, in float32 once there are two."""
+    return term if total is None or term is None else total.float().add_(term)
+
+
+def _as(total: Tensor | None, weight: Tensor) -> Tensor | None:
+    return None if total is None else total.to(weight.dtype)
 
 
 def _hidden(rows: Tensor, weight1: Tensor, bias1: Tensor | None, activation: str) -> Tensor:
@@ -40,8 +101,7 @@ def bias_activation_fwd(hidden: Tensor, bias: Tensor | None, activation: str, in
     """Return the activation of ``hidden + bias``, (R, F), in the memory of ``hidden`` if that may go."""
     hidden = hidden.contiguous()
     out = hidden if in_place else torch.empty_like(hidden)
-    kind, bias = ACTIVATIONS.index(activation), None if bias is None else bias.contiguous()
-    native.call("bias_activation_fwd", hidden.dtype, kind, *hidden.shape, hidden, bias, out)
+    _activation(hidden, bias, activation, out)
     return out
 
 
@@ -52,7 +112,25 @@ def bias_activation_bwd(
     d_hidden = torch.empty_like(hidden)
     out = torch.empty_like(hidden) if needs_out else None
     d_bias = hidden.new_zeros(hidden.shape[1], dtype=torch.float32) if needs_bias else None
-    tensors = (grad_out.contiguous(), hidden, None if bias is None else bias.contiguous(), d_hidden, out, d_bias)
-    kind = ACTIVATIONS.index(activation)
-    native.call("bias_activation_bwd", hidden.dtype, kind, *hidden.shape, *tensors)
+    _activation_bwd(grad_out.contiguous(), hidden, bias, activation, d_hidden, out, d_bias)
     return d_hidden, out, d_bias
+
+
+def _activation(hidden: Tensor, bias: Tensor | None, activation: str, out: Tensor) -> None:
+    """Write the activation of ``hidden + bias`` to ``out``, which may be ``hidden``."""
+    kind, bias = ACTIVATIONS.index(activation), None if bias is None else bias.contiguous()
+    native.call("bias_activation_fwd", hidden.dtype, kind, *hidden.shape, hidden, bias, out)
+
+
+def _activation_bwd(
+    grad_out: Tensor,
+    hidden: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    d_hidden: Tensor,
+    out: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    """Write the gradient of ``hidden`` to ``d_hidden``, which may be ``grad_out``, and what else is given."""
+    kind, bias = ACTIVATIONS.index(activation), None if bias is None else bias.contiguous()
+    native.call("bias_activation_bwd", hidden.dtype, kind, *hidden.shape, grad_out, hidden, bias, d_hidden, out, d_bias)

@@ -109,7 +109,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Write ``a b`` to ``out``."""
-    if widens(a):
+    if widens(a) or (a.dtype == torch.float32 and _suits_onednn(a, b)):
         out.copy_(matmul(a, b))
     else:
         torch.mm(a, b, out=out)

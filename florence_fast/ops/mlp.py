@@ -218,6 +218,18 @@ def _backward(
     needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2 = needs
     implementation, inner_bias = _implementation(backend), None if backend == "torch" else bias1
     g, rows = grad_out.view(-1, weight2.shape[0]), x.reshape(-1, x.shape[-1])
+    if backend == "cpp" and any(needs[:4]):
+        dx, d_weight1, d_bias1, d_weight2 = _mlp_native.mlp_bwd(
+            g, rows, weight1, bias1, weight2, hidden, needs[:4], activation
+        )
+        grads = (
+            dx.view(x.shape) if needs_x else None,
+            d_weight1,
+            d_bias1.to(bias1.dtype) if needs_bias1 else None,
+            d_weight2,
+            g.sum(0) if needs_bias2 else None,
+        )
+        return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
     d_hidden = d_bias1 = activated = None
     if needs_x or needs_weight1 or needs_bias1:
         d_hidden, activated, d_bias1 = implementation.bias_activation_bwd(
