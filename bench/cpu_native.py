@@ -24,7 +24,7 @@ from bench.machine import Clock, facts, sources, version
 from bench.native_rows import rows_of_a_block, start, step, threads, towers, windows
 from bench.native_rows.base import Run
 from bench.store import Store
-from florence_fast import native
+from florence_fast import native, processor
 
 DOCS = page.ROOT / "docs"
 SUBJECTS = {
@@ -102,7 +102,8 @@ def _run(name: str, options: argparse.Namespace, folder: Path, clock: Clock) -> 
     """Prepare the run, and say on what."""
     level = native.level()
     found = facts(CPU) | {"level": level, "threads": torch.get_num_threads(), "transformers": version("transformers")}
-    found |= {"sources": sources(WHAT_DECIDES), "load_at_start": round(os.getloadavg()[0], 1)}
+    found |= {"processor": processor.name(), "sources": sources(WHAT_DECIDES)}
+    found |= {"load_at_start": round(os.getloadavg()[0], 1)}
     store = Store(folder / native_table.file_name(level), found["sources"])
     if options.fresh:
         for op in SUBJECTS[name].OPS:

@@ -1,9 +1,11 @@
 """What one line does to the Swin of another library: ``python -m bench.dropin`` from the checkout.
 
 For each model of ``dropin_models``, before and after ``ff.accelerate`` and, unless ``--quick``, under torch.compile:
-which layers were swapped, how far the results are apart, and how long a pass of inference takes, all taking turns in
-one process. Weights are random. Where the processor has no bf16 units, a bf16 row is of one image, and the model as it
-was runs once. The exit code is 1 if a result is further from the unaccelerated one than its bound.
+which layers were swapped, how far the results are apart, and how long a pass of inference takes and, in fp32, a forward
+and backward, all taking turns in one process. Weights are random. Where the processor has no bf16 units, a bf16 row is
+of one image, and the model as it was runs once. Where `florence_fast.ops._product` takes oneDNN in fp32, the same is
+measured with PyTorch's products, MKL's, so that the gain of another library stands apart. The exit code is 1 if a
+result is further from the unaccelerated one than its bound.
 """
 
 import argparse
@@ -20,11 +22,12 @@ from torch import Tensor, nn
 
 from bench.cpu_rows.base import CPU
 from bench.dropin_models import CASES, Case
-from bench.machine import Clock, facts, sources
+from bench.machine import Clock, facts, sources, where
 from bench.report_tables import Sheet, milliseconds
 from bench.store import Row, Store
 from florence_fast import compat, native, processor
 from florence_fast.files import replacing
+from florence_fast.ops import _product
 from florence_fast.timing import time_calls
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,9 +41,16 @@ WHAT_DECIDES = (
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BEFORE, AFTER, COMPILED = "before", "after", "torch.compile"
+PLAIN = "after, MKL's products"
+TRAIN_BEFORE, TRAIN_AFTER = "training, before", "training, after"
 FLOAT32_BOUND, BFLOAT16_BOUND = 1e-5, 2.0
 """Of the error relative to the norm; in bf16 of our error against float32 over that of the model as it was."""
-HEAD = ["model", "dtype", "layers swapped", "error", "bound", "ms, before", "ms, after", "times", "ms, torch.compile"]
+HEAD = [
+    *("model", "dtype", "layers swapped", "error", "bound", "ms, before", "ms, after", "times", "ms, torch.compile"),
+    *("times, with MKL's products", "times, forward and backward"),
+]
+SAME_PRODUCTS = "the same"
+"""Where MKL's products are what `accelerate` takes."""
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
@@ -62,6 +72,7 @@ def main(args: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     level = native.level() if native.levels() else "torch"
     found = facts(CPU) | {"level": level, "threads": torch.get_num_threads(), "sources": sources(WHAT_DECIDES)}
+    found |= {"processor": processor.name(), "onednn": _product.onednn_is_faster(torch.float32)}
     store, clock = Store(folder / f"dropin-{level}.json", found["sources"]), Clock(options.minutes)
     for name, case in CASES.items():
         if options.only and not any(text.lower() in name.lower() for text in options.only):
@@ -118,6 +129,10 @@ def _compare(
     else:
         usual = _distance(results[BEFORE], exact)
         error, bound = _distance(results[AFTER], exact) / max(usual, 1e-12), BFLOAT16_BOUND
+    if dtype == "fp32":
+        calls |= {TRAIN_BEFORE: _train(before, cast, case), TRAIN_AFTER: _train(after, cast, case)}
+        if _product.onednn_is_faster(torch.float32):
+            calls[PLAIN] = _with_plain_products(calls[AFTER])
     if slow:  # the model as it was takes minutes a pass: the one for the error has to do
         calls.pop(BEFORE)
     elif not (options.quick or options.rehearse):
@@ -152,6 +167,28 @@ def _infer(model: nn.Module, inputs: dict[str, Tensor], case: Case) -> Any:
     return infer
 
 
+def _train(model: nn.Module, inputs: dict[str, Tensor], case: Case) -> Any:
+    def train() -> None:
+        model.zero_grad()
+        case.read(model(**inputs)).square().mean().backward()
+
+    return train
+
+
+def _with_plain_products(call: Any) -> Any:
+    """Return the call with PyTorch's float32 products in place of oneDNN's."""
+
+    def plain() -> Tensor:
+        rule = _product.onednn_is_faster
+        _product.onednn_is_faster = lambda dtype: dtype != torch.float32
+        try:
+            return call()
+        finally:
+            _product.onednn_is_faster = rule
+
+    return plain
+
+
 def _distance(x: Tensor, exact: Tensor) -> float:
     return ((x.double() - exact.double()).norm() / exact.double().norm()).item()
 
@@ -173,9 +210,17 @@ def sheet(rows: list[Row]) -> Sheet:
         bound = f"{row['bound']:.0e}" if row["dtype"] == "fp32" else f"{row['bound']:g}x"
         figures = [milliseconds(times[BEFORE]), milliseconds(times[AFTER]), f"{times[BEFORE] / times[AFTER]:.2f}x"]
         count = str(sum(row["swapped"].values()))
+        plain = _times(times, BEFORE, PLAIN)
+        if row["dtype"] == "fp32" and not row.get("onednn", True):
+            plain = SAME_PRODUCTS
+        training = _times(times, TRAIN_BEFORE, TRAIN_AFTER)
         dtype = row["dtype"] + (", one image, before: once" if row.get("once") else "")
-        lines.append([row["model"], dtype, count, error, bound, *figures, compiled])
+        lines.append([row["model"], dtype, count, error, bound, *figures, compiled, plain, training])
     return Sheet(_machine(rows[0]) if rows else "nothing measured", HEAD, lines)
+
+
+def _times(times: dict[str, float], before: str, after: str) -> str:
+    return f"{times[before] / times[after]:.2f}x" if after in times else ""
 
 
 def page_text(folder: Path) -> str:
@@ -193,7 +238,7 @@ def _picture(rows: list[Row]) -> str:
 
 
 def _machine(row: Row) -> str:
-    return f"{row['device']}, level {row['level']}, {row['threads']} threads, torch {row['torch']}"
+    return f"{where(row)}, level {row['level']}, {row['threads']} threads, torch {row['torch']}"
 
 
 def draw(rows: list[Row], folder: Path) -> Path:

@@ -6,7 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def where(row: Mapping[str, Any]) -> str:
+    """Return the processor and the vector instructions of a row; older rows have no processor."""
+    return ", ".join(part for part in (row.get("processor"), row["device"]) if part)
 
 
 def slug(name: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.goals import MET, NOT_MEASURED, SHORT
+from bench.machine import where
 from bench.native_rows import start, step, threads, towers
 from bench.native_rows.base import OURS
 from bench.native_rows.windows import OUR_TORCH
@@ -102,7 +103,7 @@ class Table:
     @property
     def machine(self) -> str:
         first = self.rows[0]
-        return f"{first['device']}, level {first['level']}, {first['threads']} threads, torch {first['torch']}"
+        return f"{where(first)}, level {first['level']}, {first['threads']} threads, torch {first['torch']}"
 
     @property
     def picture(self) -> str:

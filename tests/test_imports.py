@@ -34,7 +34,7 @@ ALLOWED = {
     "ops": {"kernels", "native"},
     "data": {"native"},
     "models": {"ops", "data"},
-    "compat": {"ops", "models", "data", "train"},
+    "compat": {"ops", "native", "models", "data", "train"},
     "heads": {"ops", "models", "data"},
     "train": {"ops", "models", "heads", "data"},
     "evaluate": {"ops", "models", "heads", "data"},

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.cpu_rows.base import CPU, Skipped
 from bench.machine import Clock
 from bench.store import Row, Store
+from florence_fast import processor
 from florence_fast.timing import time_calls
 
 Call = Callable[[], Any]
@@ -75,6 +76,9 @@ class Run:
                 that a call returns are compared with those of the other calls.
         """
         wanted = self.wanted(subject, builds)
+        if wanted and subject.dtype == "bf16" and not self.tiny and not processor.units("bf16").fast:
+            # One pass of eager PyTorch takes minutes there.
+            return self.put(subject, {}, dict.fromkeys(builds, processor.units("bf16").reason), {})
         field = _Field(builds)
         field.build(wanted)
         if not (field.calls or field.errors):

@@ -7,6 +7,7 @@ instance. Parameters, buffers and names stay as they are, so that files, optimis
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from florence_fast import native
 from florence_fast.compat import (
     hugging_face,
     hugging_face_v2,
@@ -28,6 +30,9 @@ from florence_fast.compat import (
 )
 from florence_fast.compat.options import Options
 from florence_fast.compat.overlay import lay_over, take_off
+from florence_fast.ops import _backend
+
+log = logging.getLogger(__name__)
 
 LIBRARIES = (hugging_face, hugging_face_v2, timm, timm_v2_cr, torchvision, monai, microsoft_swin, microsoft_merging)
 """Modules with LOOKS_FOR, FORWARDS, ``kind(module)`` and ``replacement(module, options)``."""
@@ -46,6 +51,8 @@ class Report:
     """Kind of layer -> names of the layers that did so before."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Name of a layer that was left alone -> why."""
+    backend: str = ""
+    """What the layers compute on where the model lies now, such as ``cpp: native kernels, avx2``."""
 
     def __str__(self) -> str:
         rows = [("swapped", kind, _names(names)) for kind, names in self.swapped.items()]
@@ -54,9 +61,10 @@ class Report:
         for reason, count in counts.items():
             names = [name for name, why in self.skipped.items() if why == reason]
             rows.append(("skipped", f"{count} left alone: {reason}", _names(names)))
+        rows += [("backend", self.backend, "")] if self.backend else []
         first = max((len(row[0]) for row in rows), default=0)
         second = min(max((len(row[1]) for row in rows), default=0), 32)
-        return "\n".join(f"{what:<{first}}  {kind:<{second}}  {names}" for what, kind, names in rows)
+        return "\n".join(f"{what:<{first}}  {kind:<{second}}  {names}".rstrip() for what, kind, names in rows)
 
 
 def _names(names: list[str]) -> str:
@@ -71,7 +79,7 @@ def accelerate(
     merging: bool = True,
     mlp: bool = True,
     norm: bool = True,
-    verbose: bool = True,
+    verbose: bool = False,
 ) -> Report:
     """Let the layers of ``model`` that we know compute on `florence_fast.ops`, in place.
 
@@ -91,10 +99,11 @@ def accelerate(
         merging: compute the merges between stages, with the norms in them.
         mlp: compute the feed-forward branches; False calls the model's own.
         norm: compute the norms of layers, with the residual sums before them; False calls the model's own.
-        verbose: print the report.
+        verbose: print the report. It is logged at level INFO either way, by the logger of this module.
 
     Returns:
-        What was swapped, what already was, what was skipped and why. What already was keeps the options it had.
+        What was swapped, what already was, what was skipped and why, and the backend of the ops for a model that lies
+        where this one does. What already was keeps the options it had.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -104,7 +113,7 @@ def accelerate(
     forwards of the first device; DistributedDataParallel is as it was.
 
     >>> model = transformers.SwinModel.from_pretrained("microsoft/swin-tiny-patch4-window7-224")
-    >>> ff.accelerate(model, verbose=False).swapped["transformers SwinLayer"][-1]
+    >>> ff.accelerate(model).swapped["transformers SwinLayer"][-1]
     'encoder.layers.3.blocks.1'
     """
     _check(model)
@@ -132,6 +141,19 @@ def accelerate(
     if verbose:
         print(report)
     return report
+
+
+def _backend_of(model: nn.Module) -> str:
+    """Name the backend that runs window attention on the device of the model's first parameter."""
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    args, kwargs = _backend.OPS["window_attention"].example(device if device == "cuda" else "cpu")
+    try:
+        name = _backend.choose("window_attention", *args, **kwargs)
+    except RuntimeError as error:
+        return str(error)
+    if name == "cpp":
+        return f"cpp: native kernels, {native.level()}"
+    return f"torch: {native.NOT_BUILT}" if name == "torch" and native.extension() is None else name
 
 
 def restore(model: nn.Module) -> list[str]:

@@ -28,7 +28,7 @@ def mlp_fwd(
 ) -> Tensor:
     """Return the result (..., E), keeping nothing."""
     rows = x.reshape(-1, x.shape[-1])
-    step = _rows_of_chunk(weight1, weight2, CHUNK_BYTES)
+    step = _rows_of_chunk(len(rows), weight1, weight2, CHUNK_BYTES)
     if rows.shape[0] <= step:
         out = linear(_hidden(rows, weight1, bias1, activation), weight2, bias2)
     else:
@@ -38,9 +38,12 @@ def mlp_fwd(
     return out.view(*x.shape[:-1], weight2.shape[0])
 
 
-def _rows_of_chunk(weight1: Tensor, weight2: Tensor, chunk_bytes: int) -> int:
+def _rows_of_chunk(rows: int, weight1: Tensor, weight2: Tensor, chunk_bytes: int) -> int:
+    """Divide the rows evenly, by sizes alone: a few rows left over would cost a whole reading of the weights."""
     longest = max(weight1.numel(), weight2.numel()) * weight1.element_size()
-    return max(1, max(chunk_bytes, CHUNK_OVER_WEIGHT * longest) // (weight1.shape[0] * weight1.element_size()))
+    row = weight1.shape[0] * weight1.element_size()
+    chunks = max(1, round(rows * row / max(chunk_bytes, CHUNK_OVER_WEIGHT * longest)))
+    return max(1, -(-rows // chunks))
 
 
 def mlp_bwd(
@@ -59,7 +62,7 @@ def mlp_bwd(
     of the four is needed.
     """
     needs_x, needs_weight1, needs_bias1, needs_weight2 = needs
-    step = _rows_of_chunk(weight1, weight2, BACKWARD_CHUNK_BYTES)
+    step = _rows_of_chunk(len(rows), weight1, weight2, BACKWARD_CHUNK_BYTES)
     inner = needs_x or needs_weight1 or needs_bias1
     d_wide, activated = (hidden.new_empty(min(step, len(hidden)), hidden.shape[1]) for _ in range(2))
     dx = rows.new_empty(rows.shape) if needs_x else None

@@ -8,12 +8,13 @@ import torch
 from bench import cpu_native, native_table, page, report
 from bench.cpu_rows.base import Skipped
 from bench.machine import Clock
-from bench.native_rows import start, threads, towers
+from bench.native_rows import base, start, threads, towers
 from bench.native_rows.base import OURS, Run, Subject, disagreements
 from bench.native_table import GOALS, Cost, Goal
 from bench.report_rows import read_devices
 from bench.store import Store
 from florence_fast import native
+from florence_fast.processor import Units
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the native extension was not built")
 
@@ -98,7 +99,17 @@ def test_one_turn_is_refused(capsys):
     assert stop.value.code == 2 and "--turns must be at least 2, got 1" in capsys.readouterr().err
 
 
-def test_each_runs_at_least_nine_times(run):
+def test_bf16_is_left_out_where_the_processor_has_no_units(run, monkeypatch):
+    """A pass of eager PyTorch would take minutes."""
+    monkeypatch.setattr(base.processor, "units", lambda format: Units(False, f"no {format} units"))
+    run.tiny = False
+    run.compare(SUBJECT, {OURS: lambda: pytest.fail("it was built")})
+    [row] = run.store.rows.values()
+    assert (row["times"], row["missing"], row["status"]) == ({}, {OURS: "no bf16 units"}, "timed")
+
+
+def test_each_runs_at_least_nine_times(run, monkeypatch):
+    monkeypatch.setattr(base.processor, "units", lambda format: Units(True, "units"))
     run.tiny, run.seconds, counts = False, 0.0, dict.fromkeys((OURS, "eager"), 0)
 
     def build(name):

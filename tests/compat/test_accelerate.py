@@ -1,6 +1,7 @@
 """`accelerate` on Hugging Face's Swin: the same numbers, the same model around them, and the way back."""
 
 import copy
+import logging
 import pickle
 import warnings
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from florence_fast import native, ops
 from florence_fast.compat import pieces
 from florence_fast.compat.accelerate import accelerate, restore
 from florence_fast.models import Swin
@@ -42,7 +44,7 @@ def test_a_swin_t_accelerated_in_three_lines_gives_equal_outputs(capsys, calls):
     image = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         expected = model(image)
-        report = accelerate(model)
+        report = accelerate(model, verbose=True)
         found = model(image)
     assert error(found.last_hidden_state, expected.last_hidden_state) <= 1e-5
     assert error(found.pooler_output, expected.pooler_output) <= 1e-5
@@ -331,6 +333,23 @@ def test_saves_and_loads(tmp_path):
     assert torch.equal(loaded(image).last_hidden_state, expected)
     accelerate(loaded, verbose=False)
     assert torch.equal(loaded(image).last_hidden_state, model(image).last_hidden_state)
+
+
+def test_the_report_is_logged_and_names_the_backend(capsys, caplog, monkeypatch):
+    with caplog.at_level(logging.INFO, "florence_fast"):
+        report = accelerate(build())
+    assert capsys.readouterr().out == "" and str(report) in caplog.text
+    with ops.backend("torch"):
+        assert accelerate(build()).backend == "torch"
+    monkeypatch.setattr(native, "extension", lambda: None)
+    report = accelerate(build())
+    assert report.backend == f"torch: {native.NOT_BUILT}" and report.backend in str(report)
+    assert caplog.records[-1].levelname == "WARNING" and native.NOT_BUILT in caplog.records[-1].getMessage()
+
+
+@pytest.mark.native
+def test_the_report_names_the_level(level):
+    assert accelerate(build()).backend == f"cpp: native kernels, {level}"
 
 
 def test_the_second_call_says_that_it_is_done(capsys):
