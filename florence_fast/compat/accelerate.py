@@ -134,10 +134,13 @@ def accelerate(
             lay_over(module, forward)
             swapped.setdefault(kind, []).append(name)
     skipped |= _unknown_attention(model)
-    report = Report(swapped, already, skipped)
+    report = Report(swapped, already, skipped, _backend_of(model))
     if not swapped and not already:
         raise ValueError(_nothing_swapped(model, report))
     leaves.swap(model, tuple(name for name, *_ in _known_layers(model)))
+    log.info("%s", report)
+    if native.extension() is None and report.backend.startswith("torch"):
+        log.warning("%s; the layers of this model gain little on a CPU without it", native.NOT_BUILT)
     if verbose:
         print(report)
     return report

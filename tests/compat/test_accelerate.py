@@ -347,9 +347,10 @@ def test_the_report_is_logged_and_names_the_backend(capsys, caplog, monkeypatch)
     assert caplog.records[-1].levelname == "WARNING" and native.NOT_BUILT in caplog.records[-1].getMessage()
 
 
-@pytest.mark.native
-def test_the_report_names_the_level(level):
-    assert accelerate(build()).backend == f"cpp: native kernels, {level}"
+def test_the_report_names_the_level(monkeypatch):
+    for level in native.levels():
+        monkeypatch.setenv("FLORENCE_FAST_CPU", level)
+        assert accelerate(build()).backend == f"cpp: native kernels, {level}"
 
 
 def test_the_second_call_says_that_it_is_done(capsys):
