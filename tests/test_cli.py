@@ -148,7 +148,7 @@ def test_demo_passes_its_flags_on_and_keeps_an_earlier_run(capsys, monkeypatch, 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--minutes", "nan"], "--minutes must be a finite number"),
+        (["--minutes", "nan"], "--minutes"),
         (["--minutes", "0"], "--minutes"),
         (["--minutes", "3", "--steps", "5"], "without --steps"),
         (["--long", "--pretrained", "artists"], "give one of them"),
