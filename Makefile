@@ -1,6 +1,6 @@
 # Every target sets itself up on a fresh machine: a virtual environment in .venv with versions from constraints.txt.
-# It installs what it needs and no more: `make demo` the package alone, `make test` the test tools as well, and
-# `make budget` a second Triton, that of torch 2.11, whose code is not the same.
+# It installs what it needs and no more: `make demo` the package alone, `make test` the test tools as well. Tests and
+# `make budget` also compile kernels with a second Triton, that of torch 2.11, whose code is not the same.
 #   make demo        pretrain florence_nano on the shipped pictures, test it on an artist it has never seen
 #   make demo-long   the same for up to an hour; either, interrupted, continues where it stopped
 #   make test        the quick tests          make test-all   the slow ones too
@@ -35,10 +35,10 @@ demo: native
 demo-long: native
 	$(BIN)/florence-fast demo --long --resume --out runs/demo-long
 
-test: .venv/ready native
+test: .venv/ready .venv/triton-3.6.0/ready native
 	$(PYTEST) -m "not slow and not gpu"
 
-test-all: .venv/ready native
+test-all: .venv/ready .venv/triton-3.6.0/ready native
 	$(PYTEST) -m "not gpu"
 
 native: .venv/base
