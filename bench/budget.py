@@ -63,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _complain(f"no case's name contains {options.case!r}; all: {', '.join(c.name for c in select('full'))}")
     second = options.triton_36 if (options.triton_36 / "triton").is_dir() else None
     if second is None:
-        print(f"Triton 3.6.0 is not installed in {_short(options.triton_36)} (make test or make budget)")
+        print(f"Triton 3.6.0 is not installed in {_short(options.triton_36)} (make budget)")
         if options.require_both:
             return _complain("--require-both needs it")
     try:
