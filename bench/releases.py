@@ -72,7 +72,7 @@ _HTTPX = ("httpx==0.28.1", "httpcore==1.0.9", "certifi==2026.10.19.post1", "type
 _TORCHVISION = "torchvision==0.29.1"
 _OF_TRANSFORMERS = (
     *("test_accelerate*.py", "test_hugging_face*.py", "test_transformers*.py"),
-    *("test_readme_accelerate.py", "test_convert.py", "test_import_order.py"),
+    *("test_readme_accelerate.py", "test_convert.py", "test_import_order.py", "test_leaves.py"),
 )
 _OF_TIMM = ("test_timm*.py", "test_convert.py", "test_import_order.py")
 

@@ -42,10 +42,14 @@ class OpEntry:
     reference: Callable[..., Any]
     unsupported_reasons: Callable[..., list[str]]
     """``unsupported_reasons(backend, *args, **kwargs)`` with the arguments of ``function``."""
-    example: Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]
-    """``example(device)`` gives small ``args, kwargs`` that ``function`` accepts."""
+    make_example: Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]
     plain: bool = False
     """Whether every backend is made of PyTorch's own operations, which it transforms, differentiates and exports."""
+
+    def example(self, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make small ``args, kwargs`` that ``function`` accepts; the state of the random numbers stays as it was."""
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+            return self.make_example(device)
 
 
 OPS: dict[str, OpEntry] = {}

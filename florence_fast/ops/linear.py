@@ -1,8 +1,7 @@
 """A linear layer by the fastest product at hand: what ``torch.nn.functional.linear`` computes, on a CPU often sooner.
 
-CoSwin and the text tower call it for q, k, v and for the projections. It is no kernel of ours: anywhere but on a CPU in
-eager mode, under the backends "torch" and "reference", and in transforms of torch.func and forward-mode AD it is
-``F.linear`` itself.
+CoSwin and the text tower call it for q, k, v and for the projections. It is no kernel of ours. It is ``F.linear`` itself
+off the CPU, under the backend "reference", in transforms of torch.func and in forward-mode AD. backend "torch" and in compiled code it is ``F.linear`` of operands that are widened where 16 bits are slow.
 """
 
 from collections.abc import Callable
@@ -33,8 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> linear(torch.randn(2, 49, 96), torch.randn(288, 96), torch.zeros(288)).shape
     torch.Size([2, 49, 288])
     """
-    if torch.compiler.is_compiling():
-        return _compiled(x, weight, bias)
+    if torch.compiler.is_compiling() or _backend.backend_in_force() == "torch":
+        return _plain(x, weight, bias)
     if _backend.is_transformed() or not _is_ours(x, weight, bias):
         return F.linear(x, weight, bias)
     x, weight, bias = (None if t is None else _backend.autocast_input(t) for t in (x, weight, bias))
@@ -72,8 +71,8 @@ def convolution(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias
         return convolve(x, weight, bias, *args).to(dtype)
 
 
-def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what the compiler sees: the library's product, of widened operands where 16 bits would be slow."""
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the library's product, of widened operands where 16 bits would be slow."""
     dtype = _backend.autocast_dtype(x)
     if not _product.widens(x, dtype):
         return F.linear(x, weight, bias)
@@ -88,7 +87,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.is_cpu
         and (x.dtype in _product.DTYPES or _product.widens(x))
-        and _backend.backend_in_force() not in ("torch", "reference")
+        and _backend.backend_in_force() != "reference"
         and all(type(t) in (Tensor, Parameter) for t in tensors)
         and x.numel() > 0
         and weight.numel() > 0

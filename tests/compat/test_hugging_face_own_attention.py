@@ -63,15 +63,20 @@ def test_bfloat16_is_no_worse_than_theirs(kind, autocast):
     with torch.no_grad():
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             mine.copy_(other.div_(3))  # with larger weights, scores round by more than they differ
-    image = torch.randn(2, 3, *RAGGED)
-    exact = run(copy.deepcopy(theirs).double(), image.double())
+    true = copy.deepcopy(theirs).double()
     if not autocast:
-        ours, theirs, image = ours.bfloat16(), theirs.bfloat16(), image.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = [run(model, image) for model in (ours, theirs)]
-    errors = {name: [error(values[name], exact[name]) for values in found] for name in exact}
+        ours, theirs = ours.bfloat16(), theirs.bfloat16()
+    # The error of one tensor behind an attention that is the same in both is a matter of luck: a mean of some images.
+    errors = {}
+    for _ in range(4):
+        image = torch.randn(2, 3, *RAGGED)
+        exact = run(true, image.double())
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = [run(model, image if autocast else image.bfloat16()) for model in (ours, theirs)]
+        for name in exact:
+            errors.setdefault(name, []).append([error(values[name], exact[name]) for values in found])
+    errors = {name: [sum(column) / len(column) for column in zip(*rows, strict=True)] for name, rows in errors.items()}
     assert errors["output"][0] <= 2 * errors["output"][1]
-    # a hundredth more, as the error of one tensor behind an attention that is the same in both is a matter of luck
     assert not {name: pair for name, pair in errors.items() if pair[0] > 2 * pair[1] + 1e-2}
     assert sum(ours for ours, _ in errors.values()) <= sum(theirs for _, theirs in errors.values())
 

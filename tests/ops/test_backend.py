@@ -79,7 +79,9 @@ def test_the_interpreter_runs_only_where_it_is_forced(monkeypatch: pytest.Monkey
 
 def test_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = ops.OPS["window_attention"]
-    crippled = _backend.OpEntry(entry.name, entry.function, entry.reference, lambda *_, **__: ["a", "b"], entry.example)
+    crippled = _backend.OpEntry(
+        entry.name, entry.function, entry.reference, lambda *_, **__: ["a", "b"], entry.make_example
+    )
     monkeypatch.setitem(ops.OPS, "window_attention", crippled)
     with ops.backend("torch"), pytest.raises(RuntimeError, match=r"cannot run window_attention: a; b$"):
         call()
@@ -237,6 +239,12 @@ def test_explain_lists_every_op_and_backend() -> None:
     assert set(rows) == {(op, name) for op in ops.OPS for name in _backend.BACKENDS}
     assert rows["window_attention", "triton"] == ["Triton's interpreter is for proofs: it runs only where it is forced"]
     assert rows["window_attention", "torch"] == rows["window_attention", "reference"] == []
+
+
+def test_asking_for_the_backends_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    ops.explain("cpu")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", ops.OPS)

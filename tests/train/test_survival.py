@@ -211,11 +211,11 @@ def test_sighup_stops_a_run_unless_it_was_ignored(pairs: Path, tmp_path: Path) -
     def hang_up(trainer: Trainer, record: dict[str, Any]) -> None:
         signal.raise_signal(signal.SIGHUP)
 
-    before = signal.getsignal(signal.SIGHUP)
-    result = tiny_trainer(pairs, tmp_path / "terminal", on_interval=hang_up, **_one_stage(3)).run()
-    assert (result["status"], result["signal"]) == ("stopped", "SIGHUP")
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started these tests
     try:
+        result = tiny_trainer(pairs, tmp_path / "terminal", on_interval=hang_up, **_one_stage(3)).run()
+        assert (result["status"], result["signal"]) == ("stopped", "SIGHUP")
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         assert tiny_trainer(pairs, tmp_path / "nohup", on_interval=hang_up, **_one_stage(3)).run()["step"] == 3
     finally:
         signal.signal(signal.SIGHUP, before)
