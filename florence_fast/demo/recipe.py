@@ -93,8 +93,8 @@ LONG = Recipe(
 FURTHER = Recipe(
     "further",
     stages=(
-        Stage(steps=450, image_size=64),
-        Stage(steps=250, image_size=64, augment_text=False),
+        Stage(steps=800, image_size=64),
+        Stage(steps=400, image_size=64, augment_text=False),
     ),
     lr=5e-4,
     warmup=20,

@@ -1,7 +1,8 @@
 """A linear layer by the fastest product at hand: what ``torch.nn.functional.linear`` computes, on a CPU often sooner.
 
-CoSwin and the text tower call it for q, k, v and for the projections. It is no kernel of ours. It is ``F.linear`` itself
-off the CPU, under the backend "reference", in transforms of torch.func and in forward-mode AD. backend "torch" and in compiled code it is ``F.linear`` of operands that are widened where 16 bits are slow.
+CoSwin and the text tower call it for q, k, v and for the projections. It is no kernel of ours. It is ``F.linear``
+itself off the CPU, under the backend "reference", in transforms of torch.func and in forward-mode AD. Under the backend
+"torch" and in compiled code it is ``F.linear`` of operands that are widened where 16 bits are slow.
 """
 
 from collections.abc import Callable
