@@ -18,7 +18,7 @@ _HERE = Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "__init__.py").is_file():
     __path__.append(str(_HERE.parent))
 
-_SUBMODULES = ("data", "evaluate", "models", "ops", "train")
+_SUBMODULES = ("data", "evaluate", "models", "ops", "tasks", "train")
 _HOMES = {
     "add_model_config": "compat.open_clip",
     "create_model": "compat.open_clip",

@@ -34,6 +34,7 @@ PRECISIONS = ("auto", "fp32", "amp_bf16", "amp", "bf16", "fp16", "pure_bf16", "p
 _ALIASES = {"amp_bfloat16": "amp_bf16"}
 _AUTOCAST = {"amp_bf16": "bfloat16", "amp": "float16"}
 _WEIGHTS = {"bf16": "bfloat16", "pure_bf16": "bfloat16", "fp16": "float16", "pure_fp16": "float16"}
+_TABLE = "relative_position_bias_table"
 
 
 class Choice(NamedTuple):
@@ -148,6 +149,29 @@ def weights_dtype(precision: str) -> torch.dtype | None:
 
     name = _WEIGHTS.get(check_precision(precision))
     return None if name is None else getattr(torch, name)
+
+
+def cast_weights(model: nn.Module, precision: str) -> nn.Module:
+    """Bring weights, in place, to the dtype that a precision gives them.
+
+    With "bf16" and "fp16" norms, tables of position biases and scalars (the temperature) are fp32, since what training
+    adds to them is too little to be seen in 16 bits; with the "pure" words they are not. Any other word brings 16-bit
+    weights to fp32. float64 is left alone.
+
+    Raises:
+        ValueError: ``precision`` is unknown.
+    """
+    import torch
+    from torch import nn
+
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    dtype, pure = weights_dtype(precision) or torch.float32, is_pure(precision)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                kept = not pure and (parameter.ndim == 0 or isinstance(module, norms) or name.endswith(_TABLE))
+                parameter.data = parameter.data.to(torch.float32 if kept else dtype)
+    return model
 
 
 def is_pure(precision: str) -> bool:

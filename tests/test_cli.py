@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from PIL import Image
 
 from florence_fast import __version__
 from florence_fast.cli import main
 from florence_fast.data.loader import BadDataError
+from florence_fast.tasks import TASKS
 from florence_fast.train.checkpoint import CheckpointStore
 
 COMMANDS = (
@@ -280,8 +280,8 @@ def test_train_flags_set_the_fields_that_they_name(pairs, tmp_path, monkeypatch)
     seen = {}
 
     class Recorder:
-        def __init__(self, model, tokenizer, source, config, out_dir, **options):
-            seen.update(config=config, out_dir=out_dir, pairs=len(source), **options)
+        def __init__(self, task, run, out_dir, **options):
+            seen.update(task=task, config=run, out_dir=out_dir, pairs=len(task.source), **options)
 
         def run(self, resume=None):
             seen["resume"] = resume
@@ -295,30 +295,43 @@ def test_train_flags_set_the_fields_that_they_name(pairs, tmp_path, monkeypatch)
     flags = "--epochs 4 --batch-size 1 --accum-freq 3 --lr 0.125 --wd 0.5 --warmup 1 --workers 0 --save-frequency 2"
     args = ["train", "--train-data", str(pairs), "--config", str(file), "--logs", str(tmp_path), "--name", "n"]
     assert main([*args, "--device", "cpu", "--loss", "clip", "--force-image-size", "32", *flags.split()]) == 130
-    config = seen["config"]
-    assert (config.batch_size, config.micro_batch_size, config.save_every_steps) == (3, 1, 4)
+    config, task = seen["config"], seen["task"].config
+    assert (config.batch_size, task.micro_batch_size, config.save_every_steps) == (3, 1, 4)
     assert [(stage.steps, stage.image_size) for stage in config.stages] == [(8, 32)]
-    assert (config.lr, config.beta1, config.weight_decay, config.warmup, config.loss) == (0.125, 0.5, 0.5, 1, "clip")
-    assert (seen["out_dir"], seen["pairs"], seen["resume"], seen["augment"]) == (tmp_path / "n", 6, None, None)
+    assert (config.lr, config.beta1, config.weight_decay, config.warmup, task.loss) == (0.125, 0.5, 0.5, 1, "clip")
+    assert (seen["out_dir"], seen["pairs"], seen["resume"], task.augment) == (tmp_path / "n", 6, None, False)
 
 
-def test_train_shows_the_defaults_of_the_engine():
+@pytest.mark.parametrize("name", TASKS)
+def test_train_shows_the_defaults_of_the_engine(name):
     import dataclasses
     import inspect
 
     from florence_fast.cli import train
-    from florence_fast.train import TrainConfig
+    from florence_fast.train import RunConfig
 
     shown = {
-        name: parameter.annotation.__metadata__[0].show_default
-        for name, parameter in inspect.signature(train.command).parameters.items()
-        if parameter.annotation is not typer.Context
+        flag: parameter.annotation.__metadata__[0].show_default
+        for flag, parameter in inspect.signature(train.command_of(TASKS[name])).parameters.items()
     }
-    defaults = {f.name: str(f.default) for f in dataclasses.fields(TrainConfig) if f.default not in (None, False)}
+    fields = [*dataclasses.fields(RunConfig), *dataclasses.fields(TASKS[name].settings)]
+    defaults = {f.name: str(f.default) for f in fields if f.default not in (None, False) and f.name != "stages"}
     assert len(shown.keys() & defaults.keys()) > 10
-    assert {name: shown[name] for name in shown.keys() & defaults.keys()} == {
-        name: defaults[name] for name in shown.keys() & defaults.keys()
-    }
+    assert {flag: shown[flag] for flag in defaults} == defaults
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_explains_its_flags(name, capsys):
+    assert main(["train", name, "--help"]) == 0
+    named, unnamed = capsys.readouterr().out, "train --help" if name == "contrastive" else None
+    assert "--train-data" in named and "--batch-size" in named and "--wd" in named
+    if unnamed:
+        assert main(unnamed.split()) == 0
+        assert capsys.readouterr().out == named
+
+
+def test_an_unknown_task_is_refused_with_the_nearest(capsys):
+    assert "Did you mean 'contrastive'" in refused(capsys, "train", "contrastve", "--train-data", "x")
 
 
 def test_evaluate_prints_and_writes_the_same_figures(pairs, tmp_path, capsys):

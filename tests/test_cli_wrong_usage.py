@@ -91,7 +91,7 @@ CASES = {
     f"{STEP} --logs {{}}/file": "is not a folder",
     f"{TRAIN} --steps 1 --force-image-size 1": "--image-size",
     f"{TRAIN.removesuffix(' --batch-size 2')} --config {{}}/zero.json": "batch_size must be at least 1, got 0",
-    f"{TRAIN} --config {{}}/list.json": "must hold an object with TrainConfig's settings, got list",
+    f"{TRAIN} --config {{}}/list.json": "must hold an object with RunConfig's settings, got list",
     f"{TRAIN} --config {{}}/deep.json": "nested",
     f"{TRAIN} --config {{}}/stages.json": "stages",
     f"{TRAIN.removesuffix(' --batch-size 2')} --config {{}}/type.json": "batch_size must be a whole number, got '2'",

@@ -36,20 +36,22 @@ ALLOWED = {
     "models": {"ops", "data"},
     "compat": {"ops", "native", "models", "data", "train"},
     "heads": {"ops", "models", "data"},
-    "train": {"ops", "models", "heads", "data"},
+    "train": {"ops"},  # the engine knows no data, no model and no task
+    "tasks": {"ops", "models", "heads", "data", "train", "evaluate"},
     "evaluate": {"ops", "models", "heads", "data"},
     "info": {"ops", "native"},
     "verify": {"ops"},
-    "profile": {"models", "data", "train"},
+    "profile": {"models", "data", "train", "tasks"},
     "warmup": {"ops", "models"},
     "export": {"ops", "models"},
-    "demo": {"ops", "models", "data", "train", "evaluate"},
+    "demo": {"ops", "models", "data", "train", "tasks", "evaluate"},
     "cli": {
         "ops",
         "models",
         "heads",
         "data",
         "train",
+        "tasks",
         "evaluate",
         "compat",
         "info",
@@ -102,6 +104,21 @@ def test_a_file_imports_only_from_the_layers_below_it(path):
         elif names[0] == "florence_fast" and len(names) > 1 and names[1] in ALLOWED:
             allowed = ALLOWED[part] | LEAVES | {part}
             assert names[1] in allowed, f"{part} must not import {module}: it may import {sorted(allowed)}"
+
+
+def test_the_engine_knows_no_loss():
+    """What a step computes is the task's: nothing that the engine imports, however far, is a loss or a collator."""
+    folder = ROOT / "florence_fast" / "train"
+    seen, waiting = set(), ["engine"]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and (folder / f"{name}.py").is_file():
+            seen.add(name)
+            waiting += [
+                module.split(".")[2] for module in imported_modules(folder / f"{name}.py") if ".train." in module
+            ]
+    assert {"state", "task", "resume"} <= seen
+    assert not seen & {"loss", "grad_cache", "ring"}
 
 
 def test_json_is_read_and_written_in_one_place():

@@ -44,7 +44,7 @@ DEBUG = "--debug"
 
 app = typer.Typer(name=NAME, add_completion=False, rich_markup_mode=None)
 app.command("demo")(demo.command)
-app.command("train")(train.command)
+app.add_typer(train.commands, name="train")
 app.add_typer(evaluate.commands, name="evaluate")
 app.command("predict")(predict.command)
 app.command("search")(search.command)

@@ -11,7 +11,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 # The share of unreadable pairs is judged from this many samples on.
 JUDGED_AFTER = 200
 NAMED_IN_ERROR = 5
+NAMED_IN_BATCH = 4
 WORKER_TIMEOUT = 300.0  # seconds; longer than a network drive needs to come back
 
 
@@ -56,6 +57,7 @@ class Batch:
         labels: int64 (B,), equal for equal drawn texts (before the template); see `text_label`.
         indices: int64 (B,), the pairs' numbers in the source.
         skipped: how many of the B stand in for an unreadable pair.
+        source: where the indices belong to, which names them in messages.
     """
 
     images: Tensor
@@ -63,6 +65,17 @@ class Batch:
     labels: Tensor
     indices: Tensor
     skipped: int
+    source: PairSource | None = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def describe(self) -> str:
+        """Name the first pairs, for messages: their numbers, and where each lies."""
+        first = self.indices[:NAMED_IN_BATCH].tolist()
+        if self.source is None:
+            return str(first)
+        return ", ".join(f"{index} ({printable(self.source.describe(index))})" for index in first)
 
 
 class Slots(NamedTuple):
@@ -243,7 +256,8 @@ class PairLoader:
             keys = map(self._key, slots.indices.tolist(), slots.epochs.tolist())
             images = shrink(torch.from_numpy(np.stack([decoded[key] for key in keys])), image_size)
         texts, labels = self._draw_texts(slots, augment_text)
-        return Batch(images, texts, torch.tensor(labels, device="cpu"), torch.from_numpy(slots.indices), len(bad))
+        indices = torch.from_numpy(slots.indices)
+        return Batch(images, texts, torch.tensor(labels, device="cpu"), indices, len(bad), self.source)
 
     def _keep(self, decoded: Decoded) -> None:
         """Take note of what was decoded: pictures into the cache, reasons among the faults."""

@@ -29,6 +29,7 @@ from florence_fast.models import create_model, get_tokenizer
 from florence_fast.precision import resolve_precision
 from florence_fast.provenance import provenance
 from florence_fast.strict_json import parse_json
+from florence_fast.tasks.contrastive import ContrastiveTask
 from florence_fast.text_files import read_json, read_lines
 from florence_fast.train.engine import Trainer
 
@@ -84,7 +85,7 @@ def run(
     terminal = console()
     recipe = FURTHER if pretrained else LONG if long else QUICK
     precision = resolve_precision("auto", device)
-    config = recipe.config(loss=loss, seed=seed, precision=precision)
+    config, settings = recipe.run(seed=seed, precision=precision), recipe.task(loss)
     kept = Plan.read(out / PLAN, recipe.name, len(config.stages)) if resume and (out / PLAN).is_file() else None
     shipped = show_shipped(MODEL, device, precision, terminal)
     torch.manual_seed(seed)
@@ -94,15 +95,16 @@ def run(
     if steps is not None:
         config = rehearsal(config, steps)
     else:
-        speed = measure_speed(model, tokenizer, artists_names(), config, augment)
+        speed = measure_speed(model, tokenizer, artists_names(), config, settings, augment)
         plan = kept or make_plan(recipe.name, config, speed, minutes)
-        config = recipe.config(loss=loss, seed=seed, precision=precision, stages=plan.stages(config.stages))
+        config = recipe.run(seed=seed, precision=precision, stages=plan.stages(config.stages))
         plan.write(out / PLAN)
         terminal.print(f"Training from {pretrained or 'nothing'}: {config.total_steps:,} steps of {config.batch_size}.")
 
     progress = Progress(model, tokenizer, config, speed)
     folder = out / "training"
-    trainer = Trainer(model, tokenizer, artists_train(), config, folder, augment=augment, on_interval=progress)
+    task = ContrastiveTask(model, tokenizer, artists_train(), settings, augment=augment)
+    trainer = Trainer(task, config, folder, on_interval=progress)
     trained = trainer.run(resume="latest" if resume else None)
     if trained["status"] != "finished":
         logger.info("stopped at step %d of %d; --resume goes on", trained["step"], config.total_steps)
@@ -125,7 +127,7 @@ def run(
         "shipped": shipped,
         "clip_baseline": read_baseline(),
         "seed": seed,
-        "config": trainer.config.to_dict(),
+        "config": trainer.settings,
         **provenance(),
     }
     write_json(out / "results.json", results)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from florence_fast.data.loader import Batch
 from florence_fast.demo.recipe import EVALUATIONS
 from florence_fast.files import write_json
+from florence_fast.tasks.contrastive import ContrastiveConfig, ContrastiveTask
+from florence_fast.tasks.images import Augment
 from florence_fast.text_files import read_json
-from florence_fast.train.config import Stage, TrainConfig
-from florence_fast.train.optim import create_optimizer
-from florence_fast.train.step import Augment, ContrastiveStep
+from florence_fast.train.config import RunConfig, Stage
+from florence_fast.train.state import TrainState, prepare
 
 # Counted in steps of the same image size: a forward pass over the test set and its names, and what follows training.
 EVALUATION = 6.0
@@ -61,7 +62,7 @@ class Plan:
         return cls(recipe, tuple(steps), found.get("minutes"))
 
 
-def make_plan(recipe: str, config: TrainConfig, seconds: Mapping[int, float], minutes: float | None) -> Plan:
+def make_plan(recipe: str, config: RunConfig, seconds: Mapping[int, float], minutes: float | None) -> Plan:
     """Choose the steps of each stage: those of ``config``, or as many as fit into ``minutes``."""
     if minutes is None:
         return Plan(recipe, tuple(stage.steps for stage in config.stages))
@@ -69,35 +70,39 @@ def make_plan(recipe: str, config: TrainConfig, seconds: Mapping[int, float], mi
 
 
 def measure_speed(
-    model: nn.Module, tokenizer: Callable[[list[str]], Tensor], texts: list[str], config: TrainConfig, augment: Augment
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    texts: list[str],
+    run: RunConfig,
+    config: ContrastiveConfig,
+    augment: Augment | None,
 ) -> dict[int, float]:
-    """Time a training step at each image size of ``config``, on a copy of the model.
+    """Time a training step at each image size of ``run``, on a copy of the model.
 
     Returns:
         Seconds of a step by image size.
     """
     seconds = {}
-    scaler = torch.amp.GradScaler(enabled=False)
-    for size in {stage.image_size for stage in config.stages}:
+    for size in {stage.image_size for stage in run.stages}:
         trained = copy.deepcopy(model).train()
         trained.set_input_size(img_size=size)
-        step, optimizer = ContrastiveStep(trained, tokenizer, config, augment), create_optimizer(trained, config)
-        numbers = torch.arange(config.batch_size)
+        # Nothing is read: the batch is given.
+        task = ContrastiveTask(trained, tokenizer, (), config, augment=augment)
+        prepare(task, run)
+        state = TrainState(task, run)
+        numbers = torch.arange(run.batch_size)
         captions = [texts[int(number) % len(texts)] for number in numbers]
-        images = torch.zeros(config.batch_size, 3, size, size, dtype=torch.uint8)
+        images = torch.zeros(run.batch_size, 3, size, size, dtype=torch.uint8)
         times = []
-        for number in range(1 + TIMED_STEPS):
+        for _ in range(1 + TIMED_STEPS):
             start = time.perf_counter()
-            optimizer.zero_grad(set_to_none=True)
-            loss = step(Batch(images, captions, numbers, numbers, 0), size, number, scaler)
-            optimizer.step()
-            loss.item()
+            state.take_step(Batch(images, captions, numbers, numbers, 0), Stage(steps=1, image_size=size))
             times.append(time.perf_counter() - start)
         seconds[size] = min(times[1:])
     return seconds
 
 
-def predict_seconds(config: TrainConfig, seconds: Mapping[int, float], evaluate_every: int, done: int = 0) -> float:
+def predict_seconds(config: RunConfig, seconds: Mapping[int, float], evaluate_every: int, done: int = 0) -> float:
     """Predict what the steps after ``done``, the evaluations and the end take, in seconds."""
     total, first = 0.0, 0
     for stage in config.stages:
@@ -109,7 +114,7 @@ def predict_seconds(config: TrainConfig, seconds: Mapping[int, float], evaluate_
     return total + seconds[config.stages[-1].image_size] * ENDING
 
 
-def steps_in(minutes: float, config: TrainConfig, seconds: Mapping[int, float], evaluations: int) -> tuple[int, ...]:
+def steps_in(minutes: float, config: RunConfig, seconds: Mapping[int, float], evaluations: int) -> tuple[int, ...]:
     """Choose the steps of each stage so that the demo takes ``minutes``; their proportions stay."""
     last = config.stages[-1].image_size
     spent = (ENDING + EVALUATION * evaluations) * seconds[last]

@@ -10,7 +10,7 @@ from florence_fast.data.artists import artists_names, artists_test
 from florence_fast.demo.plan import predict_seconds, say_minutes
 from florence_fast.evaluate import zero_shot
 from florence_fast.evaluate.features import evaluation_transform
-from florence_fast.train.config import TrainConfig
+from florence_fast.train.config import RunConfig
 from florence_fast.train.engine import Trainer
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Progress:
         self,
         model: nn.Module,
         tokenizer: Callable[[list[str]], Tensor],
-        config: TrainConfig,
+        config: RunConfig,
         speed: Mapping[int, float] | None,
     ) -> None:
         self.model, self.tokenizer, self.config, self.speed = model, tokenizer, config, speed

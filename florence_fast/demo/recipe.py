@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from florence_fast.data.augment import BatchAugment
 from florence_fast.models.config import FlorenceConfig
-from florence_fast.train.config import Stage, TrainConfig
+from florence_fast.tasks.contrastive import ContrastiveConfig
+from florence_fast.train.config import RunConfig, Stage
 
 EVALUATIONS = 6  # points of the accuracy curve
 LOG_EVERY = 10  # steps between two lines with the loss
@@ -36,13 +37,11 @@ class Recipe:
             self.augmentation
         )
 
-    def config(
-        self, *, loss: str, seed: int, precision: str = "auto", stages: tuple[Stage, ...] | None = None
-    ) -> TrainConfig:
+    def run(self, *, seed: int, precision: str = "auto", stages: tuple[Stage, ...] | None = None) -> RunConfig:
         """Return the engine's settings of this recipe, or of ``stages`` in place of its own."""
         stages = stages or self.stages
         steps = sum(stage.steps for stage in stages)
-        return TrainConfig(
+        return RunConfig(
             stages=stages,
             batch_size=256,
             seed=seed,
@@ -50,12 +49,13 @@ class Recipe:
             min_lr=1e-5,
             warmup=min(self.warmup, steps // 5),
             precision=precision,
-            loss=loss,
-            keyword_prob=self.keyword_prob,
-            template_prob=0.15,
             log_every_n_steps=LOG_EVERY,
             save_every_steps=evaluation_interval(steps),
         )
+
+    def task(self, loss: str) -> ContrastiveConfig:
+        """Return the settings of contrastive training with ``loss``."""
+        return ContrastiveConfig(loss=loss, keyword_prob=self.keyword_prob, template_prob=0.15)
 
 
 def evaluation_interval(steps: int) -> int:
@@ -104,7 +104,7 @@ FURTHER = Recipe(
 )
 
 
-def rehearsal(config: TrainConfig, steps: int) -> TrainConfig:
+def rehearsal(config: RunConfig, steps: int) -> RunConfig:
     """Shrink every stage so that the whole takes about ``steps`` small steps."""
     shares = [max(1, round(steps * stage.steps / config.total_steps)) for stage in config.stages]
     stages = tuple(replace(stage, steps=share) for stage, share in zip(config.stages, shares, strict=True))

@@ -18,11 +18,9 @@ from florence_fast.models.pretrained import find_pretrained, fit_state
 from florence_fast.models.reading import PICKLED, WEIGHTS_NAME, Checkpoint, read_checkpoint
 from florence_fast.models.registry import ModelConfig, config_from_dict, get_model_config, list_models
 from florence_fast.models.tower import FeatureExtractor, ImageTower
-from florence_fast.precision import check_precision, is_pure, weights_dtype
+from florence_fast.precision import cast_weights, check_precision
 
 LOCAL_DIR = "local-dir:"
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_TABLE = "relative_position_bias_table"
 
 # keyword of create_model -> the part of the configuration and the field that it sets
 _OVERRIDES = {
@@ -212,25 +210,6 @@ def _override(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
             raise TypeError(f"{key!r} belongs to a dual encoder, and this model is an image tower")
         config = dataclasses.replace(config, **{field: value})
     return config
-
-
-def cast_weights(model: nn.Module, precision: str) -> nn.Module:
-    """Bring weights, in place, to the dtype that a precision gives them.
-
-    With "bf16" and "fp16" norms, tables of position biases and scalars (the temperature) are fp32, since what training
-    adds to them is too little to be seen in 16 bits; with the "pure" words they are not. Any other word brings 16-bit
-    weights to fp32. float64 is left alone.
-
-    Raises:
-        ValueError: ``precision`` is unknown.
-    """
-    dtype, pure = weights_dtype(precision) or torch.float32, is_pure(precision)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
-                kept = not pure and (parameter.ndim == 0 or isinstance(module, _NORMS) or name.endswith(_TABLE))
-                parameter.data = parameter.data.to(torch.float32 if kept else dtype)
-    return model
 
 
 def create_model_and_transforms(

@@ -1,4 +1,4 @@
-"""What is profiled: a forward pass, or a contrastive training step, of a named model on random pictures and texts.
+"""What is profiled: a forward pass or a contrastive training step of a named model, on random images and texts.
 
 Letters: B pairs of a batch · L context length · S side of the pictures
 """
@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from florence_fast.data.loader import Batch
 from florence_fast.models import create_model, get_model_config
 from florence_fast.models.config import FlorenceConfig
-from florence_fast.precision import autocast, gradient_scaler, input_dtype
-from florence_fast.ranges import annotate
-from florence_fast.train import TrainConfig
-from florence_fast.train.config import Stage
-from florence_fast.train.masters import MasterWeights
-from florence_fast.train.optim import create_optimizer
-from florence_fast.train.step import ContrastiveStep
+from florence_fast.precision import autocast, input_dtype, resolve_precision
+from florence_fast.tasks.contrastive import ContrastiveConfig, ContrastiveTask
+from florence_fast.train.config import RunConfig, Stage
+from florence_fast.train.state import TrainState, prepare
 
 Step = Callable[[], object]
 
@@ -90,36 +87,28 @@ def _forward(workload: Workload, model: nn.Module) -> Step:
 
 
 def _training_step(workload: Workload, model: nn.Module) -> Step:
+    """Return the engine's own step on one batch, at a constant learning rate."""
     model.train()
-    size, count = model.config.image.img_size, workload.batch_size
-    config = TrainConfig(
-        stages=(Stage(steps=1, image_size=size),),
-        batch_size=count,
-        precision=workload.precision,
-        micro_batch_size=workload.micro_batch_size,
-        seed=workload.seed,
-    )
-    device = next(model.parameters()).device
+    size, samples = model.config.image.img_size, workload.batch_size
+    stage = Stage(steps=1 << 30, image_size=size)
     tokens = _tokens(workload, model)
-    images = torch.randint(256, (count, 3, size, size), dtype=torch.uint8)
-    numbers = torch.arange(count)
-    batch = Batch(images, [str(number) for number in range(count)], numbers, numbers, skipped=0)
-    contrastive = ContrastiveStep(model, lambda texts: tokens[: len(texts)], config, None)
-    masters = MasterWeights(model, workload.precision)
-    optimizer = create_optimizer(model, config, masters)
-    scaler = gradient_scaler(workload.precision, device)
+    images = torch.randint(256, (samples, 3, size, size), dtype=torch.uint8)
+    numbers = torch.arange(samples)
+    batch = Batch(images, [str(number) for number in range(samples)], numbers, numbers, skipped=0)
+    task = ContrastiveTask(
+        model,
+        lambda texts: tokens[: len(texts)],
+        (),  # nothing is read: the one batch is given
+        ContrastiveConfig(micro_batch_size=workload.micro_batch_size),
+    )
+    precision = resolve_precision(workload.precision, task.device)
+    run = RunConfig((stage,), batch_size=samples, precision=precision, seed=workload.seed, warmup=0)
+    prepare(task, run)
+    state = TrainState(task, run)
 
     def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with annotate("train.gradients"):
-            loss = contrastive(batch, size, 0, scaler)
-        with annotate("train.optimizer"):
-            masters.take_gradients()
-            scaler.step(optimizer)
-            masters.give_weights()
-        scaler.update()
-        model.clamp_logit_scale_()
-        return loss
+        state.take_step(batch, stage)
+        return torch.tensor(state.counters.last_loss)
 
     return step
 

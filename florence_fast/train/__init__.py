@@ -1,7 +1,7 @@
-"""Training: the loss of UniCL, the gradient cache, processes, and the engine that runs stages and survives kills."""
+"""Training: losses, the gradient cache, processes, and the engine that runs any task and survives kills."""
 
 from florence_fast.train.checkpoint import CheckpointStore, CorruptCheckpointError
-from florence_fast.train.config import PAPER_STAGES, Stage, TrainConfig, paper_stages
+from florence_fast.train.config import PAPER_STAGES, RunConfig, Stage, paper_stages
 from florence_fast.train.distributed import RankMismatchError, init_distributed
 from florence_fast.train.ema import EMA
 from florence_fast.train.engine import Trainer, TrainingDivergedError
@@ -10,6 +10,7 @@ from florence_fast.train.loss import ContrastiveLoss
 from florence_fast.train.optim import create_optimizer, learning_rate
 from florence_fast.train.resume import ResumeError
 from florence_fast.train.run_lock import RunInUseError
+from florence_fast.train.task import Evaluator, Task
 
 __all__ = [
     "EMA",
@@ -17,12 +18,14 @@ __all__ = [
     "CheckpointStore",
     "ContrastiveLoss",
     "CorruptCheckpointError",
+    "Evaluator",
     "GradCache",
     "RankMismatchError",
     "ResumeError",
+    "RunConfig",
     "RunInUseError",
     "Stage",
-    "TrainConfig",
+    "Task",
     "Trainer",
     "TrainingDivergedError",
     "create_optimizer",

@@ -1,48 +1,32 @@
-"""A training run as data: the stages of the paper and the settings of the engine.
+"""A training run as data: the stages of the paper and the settings of the engine; those of a task are its own.
 
 Section 2.2 of the paper trains in stages: on augmented texts, then without them, then at high resolution. A stage is
 a row here and nothing else, so a schedule can be read, stored in a checkpoint and compared.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from florence_fast.errors import did_you_mean, require_count, require_number, unknown
+from florence_fast.errors import require_count, require_number
 from florence_fast.precision import PRECISIONS
+from florence_fast.train.settings import Settings, count, number, refuse_unknown_keys, require_bool, word
 
-LOSSES = ("unicl", "clip")
 SMALLEST_EPS = 2.0**-126
 """The smallest normal number of fp32: a smaller `eps` may be 0 there, and AdamW divides 0 by it."""
 
 
-def _refuse_unknown_keys(cls: type, values: Mapping[str, Any]) -> None:
-    """Refuse what is not a mapping from fields of the dataclass ``cls``."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{cls.__name__} must be given as names with values, got {values!r}")
-    known = [field.name for field in fields(cls)]
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{cls.__name__} has no setting {key!r}{did_you_mean(str(key), known)}")
-
-
-def _require_bool(name: str, value: object) -> None:
-    """Refuse what is not True or False, such as the word "false" of a JSON file, which would count as true."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
-
-
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of a run: how many steps, on which pictures, with which texts.
+    """One stretch of a run: how many steps, on which images, with which texts.
 
     Args:
         steps: optimiser steps of this stage.
-        image_size: side of the square pictures, in pixels.
-        augment_text: draw keywords, short names and templates in place of the plain text.
+        image_size: side of the square images, in pixels.
+        augment_text: draw keywords, short names and templates in place of the plain text, where a task reads texts.
         batch_size: samples a step and process; None takes the run's.
         window_size: attention window of the image tower from this stage on; None leaves it as it is.
-        peak_lr: height of the cosine during this stage; None takes the run's `lr`.
+        peak_lr: height of the schedule during this stage; None takes the run's `lr`.
     """
 
     steps: int
@@ -59,7 +43,7 @@ class Stage:
                 require_count(f"Stage.{name}", value, at_least=1)
         if self.peak_lr is not None:
             require_number("Stage.peak_lr", self.peak_lr, "be a positive number", lambda lr: lr > 0)
-        _require_bool("Stage.augment_text", self.augment_text)
+        require_bool("Stage.augment_text", self.augment_text)
 
 
 PAPER_STAGES = (
@@ -95,8 +79,8 @@ def paper_stages(total_steps: int) -> tuple[Stage, ...]:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything that a run is determined by, apart from its model and its data.
+class RunConfig(Settings):
+    """Everything that a run of any task is determined by, apart from its model, its data and the task's own settings.
 
     Args:
         stages: what is trained on, in order.
@@ -108,61 +92,48 @@ class TrainConfig:
         weight_decay: of matrices and convolutions; biases, norms, tables and embeddings have none.
         beta1, beta2, eps: of AdamW.
         grad_clip_norm: largest gradient norm; None leaves gradients alone.
-        precision: a word of ``florence_fast.precision``; "auto" is bf16 autocast where the device is fast at it. A run
-            records what the word meant on its device.
-        loss: "unicl" (equal texts are positives of each other) or "clip" (the diagonal).
-        loss_reduction, loss_chunk_size, gather: passed to `ContrastiveLoss`.
-        micro_batch_size: samples that are encoded at a time, through the gradient cache; None encodes all at once.
-        grad_checkpointing: recompute activations in the backward pass.
+        precision: auto (bf16 autocast where the device is fast at it), fp32, amp_bf16, amp (fp16); of weights: bf16,
+            fp16, pure_bf16, pure_fp16. A run records what "auto" meant on its device.
+        grad_checkpointing: recompute activations in the backward pass, which trades time for memory.
         ema_decay: keep a moving average of the weights; None keeps none.
         max_skipped_steps: steps in a row that may be skipped for NaN or Inf before the run is stopped.
         deterministic: use torch's deterministic algorithms; None does so on a CPU.
-        crop: what a sample shows of its image, as for `PairLoader`; None takes the model's ``config.resize_mode``. Any
-            other than "random_resized" also becomes the model's, so that its evaluation sees what it was trained on.
-        keyword_prob, template_prob, pictures_per_text, cache, num_workers, worker_timeout, max_bad_share:
-            passed to `PairLoader`.
+        num_workers: processes that decode samples; 0 decodes in the training process.
+        worker_timeout: seconds without a decoded sample after which the workers count as stuck.
+        max_bad_share: share of unreadable samples above which the run is stopped.
         log_every_n_steps: length of an interval: one line, one record, one call of `on_interval`.
         save_every_steps: steps between checkpoints; None saves at the end and on a signal only.
+        evaluate_every_steps: steps between evaluations by the task; None evaluates at the end only.
         keep_checkpoints: how many valid checkpoints stay.
         progress: show a bar and the log lines in the terminal.
         tensorboard: write event files where TensorBoard is installed.
-
-    Raises:
-        ValueError: a value is out of its range, or a word is unknown.
     """
 
     stages: tuple[Stage, ...]
-    batch_size: int = 512
-    seed: int = 0
-    lr: float = 5e-4
-    min_lr: float = 0.0
-    warmup: int | None = None
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    grad_clip_norm: float | None = 1.0
-    precision: str = "auto"
-    loss: str = "unicl"
-    loss_reduction: str = "mean_directions"
-    loss_chunk_size: int | None = None
-    gather: str = "all_gather"
-    micro_batch_size: int | None = None
+    batch_size: int = count(512)
+    seed: int = count(0, at_least=0, at_most=1 << 62)
+    lr: float = number(5e-4, "be a positive number", lambda x: x > 0)
+    min_lr: float = number(0.0, "be a number")
+    warmup: int | None = count(None, at_least=0)
+    weight_decay: float = number(0.1, "be a number and not negative", lambda x: x >= 0)
+    beta1: float = number(0.9, "lie in [0, 1)", lambda x: 0 <= x < 1)
+    beta2: float = number(0.98, "lie in [0, 1)", lambda x: 0 <= x < 1)
+    eps: float = number(
+        1e-6, f"be a number of at least {SMALLEST_EPS:.3g}, the smallest of fp32", lambda x: x >= SMALLEST_EPS
+    )
+    grad_clip_norm: float | None = number(1.0, "be positive or None", lambda x: x > 0)
+    precision: str = word("auto", PRECISIONS)
     grad_checkpointing: bool = False
-    ema_decay: float | None = None
-    max_skipped_steps: int = 20
+    ema_decay: float | None = number(None, "lie between 0 and 1, or be None", lambda x: 0 < x < 1)
+    max_skipped_steps: int = count(20, at_least=0)
     deterministic: bool | None = None
-    keyword_prob: float = 0.3
-    template_prob: float = 0.5
-    pictures_per_text: int = 1
-    crop: str | None = None
-    cache: bool = True
-    num_workers: int = 0
-    worker_timeout: float = 300.0
-    max_bad_share: float = 0.01
-    log_every_n_steps: int = 10
-    save_every_steps: int | None = 500
-    keep_checkpoints: int = 3
+    num_workers: int = count(0, at_least=0)
+    worker_timeout: float = number(300.0, "be a positive number", lambda x: x > 0)
+    max_bad_share: float = number(0.01, "lie in [0, 1]", lambda x: 0 <= x <= 1)
+    log_every_n_steps: int = count(10)
+    save_every_steps: int | None = count(500)
+    evaluate_every_steps: int | None = count(None)
+    keep_checkpoints: int = count(3)
     progress: bool = True
     tensorboard: bool = True
 
@@ -173,44 +144,10 @@ class TrainConfig:
         for stage in self.stages:
             if not isinstance(stage, Stage):
                 raise ValueError(f"stages must hold Stages, got {stage!r}")
-        for name, known in (("precision", PRECISIONS), ("loss", LOSSES)):
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
-        for name in ("batch_size", "log_every_n_steps", "keep_checkpoints", "pictures_per_text"):
-            require_count(name, getattr(self, name), at_least=1)
-        for name in ("loss_chunk_size", "micro_batch_size", "save_every_steps"):
-            if getattr(self, name) is not None:
-                require_count(name, getattr(self, name), at_least=1)
-        for name in ("max_skipped_steps", "num_workers"):
-            require_count(name, getattr(self, name), at_least=0)
-        require_count("seed", self.seed, at_least=0, at_most=1 << 62)
-        for name in ("grad_checkpointing", "cache", "progress", "tensorboard"):
-            _require_bool(name, getattr(self, name))
-        if self.deterministic is not None:
-            _require_bool("deterministic", self.deterministic)
-        self._check_numbers()
-        if self.warmup is not None:
-            require_count("warmup", self.warmup, at_least=0)
-            if self.warmup > self.total_steps:
-                raise ValueError(f"warmup must not exceed the run's {self.total_steps} steps, got {self.warmup}")
-
-    def _check_numbers(self) -> None:
-        """Refuse numbers out of range, NaN and Inf among them: with one of these the weights would end as NaN."""
-        for name in ("lr", "worker_timeout"):
-            require_number(name, getattr(self, name), "be a positive number", lambda x: x > 0)
-        smallest = f"be a number of at least {SMALLEST_EPS:.3g}, the smallest of fp32"
-        require_number("eps", self.eps, smallest, lambda eps: eps >= SMALLEST_EPS)
-        for name in ("keyword_prob", "template_prob", "max_bad_share"):
-            require_number(name, getattr(self, name), "lie in [0, 1]", lambda x: 0 <= x <= 1)
-        for name in ("beta1", "beta2"):
-            require_number(name, getattr(self, name), "lie in [0, 1)", lambda x: 0 <= x < 1)
+        super().__post_init__()
         require_number("min_lr", self.min_lr, f"lie in [0, lr={self.lr}]", lambda x: 0 <= x <= self.lr)
-        require_number("weight_decay", self.weight_decay, "be a number and not negative", lambda x: x >= 0)
-        if self.grad_clip_norm is not None:
-            require_number("grad_clip_norm", self.grad_clip_norm, "be positive or None", lambda x: x > 0)
-        if self.ema_decay is not None:
-            wanted = "lie between 0 and 1, or be None"
-            require_number("ema_decay", self.ema_decay, wanted, lambda x: 0 < x < 1)
+        if self.warmup is not None and self.warmup > self.total_steps:
+            raise ValueError(f"warmup must not exceed the run's {self.total_steps} steps, got {self.warmup}")
 
     @property
     def total_steps(self) -> int:
@@ -224,9 +161,9 @@ class TrainConfig:
 
     def stage_at(self, step: int) -> tuple[int, Stage]:
         """Return the number and the stage that step ``step`` (from 0) belongs to; the last one from the end on."""
-        for number, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages):
             if step < stage.steps:
-                return number, stage
+                return index, stage
             step -= stage.steps
         return len(self.stages) - 1, self.stages[-1]
 
@@ -235,17 +172,39 @@ class TrainConfig:
         return {**asdict(self), "stages": [asdict(stage) for stage in self.stages]}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
         """Make a config from what `to_dict` returned.
 
         Raises:
             ValueError: a key is unknown; the nearest known one is named.
         """
-        _refuse_unknown_keys(cls, values)
+        refuse_unknown_keys(cls, values)
         stages = []
         if not isinstance(values.get("stages", []), list | tuple):
             raise ValueError(f"stages must be a list, got {values['stages']!r}")
         for stage in values.get("stages", ()):
-            _refuse_unknown_keys(Stage, stage)
+            refuse_unknown_keys(Stage, stage)
             stages.append(Stage(**stage))
         return cls(**{**values, "stages": tuple(stages)})
+
+
+def split_settings(values: Mapping[str, Any], task: type[Settings]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Separate a run's JSON into the settings of the run and those of its task.
+
+    Args:
+        values: the run's settings; those of the task are nested under "task", or lie beside the run's, which is how
+            earlier versions wrote them.
+        task: the task's class of settings.
+
+    Raises:
+        ValueError: "task" is not an object, or it repeats a setting that lies beside it.
+    """
+    nested = values.get("task", {})
+    if not isinstance(nested, Mapping):
+        raise ValueError(f"task must be given as names with values, got {nested!r}")
+    names = task.__dataclass_fields__.keys()
+    beside = {name: value for name, value in values.items() if name in names}
+    if twice := sorted(beside.keys() & nested.keys()):
+        raise ValueError(f"task.{twice[0]} is given twice: inside task and beside it")
+    run = {name: value for name, value in values.items() if name != "task" and name not in names}
+    return run, {**beside, **{name: value for name, value in nested.items() if name != "name"}}

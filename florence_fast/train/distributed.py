@@ -190,6 +190,29 @@ def join_over_ranks(values: Tensor, counts: list[int], group: dist.ProcessGroup 
     return values if world_size(group) == 1 else _JoinOverRanks.apply(values, counts, group)
 
 
+def mean_over_ranks(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the mean of every rank's ``value``, without a gradient; ``value`` itself when the process runs alone."""
+    if world_size(group) == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total, group=group)
+    return total / world_size(group)
+
+
+def agree(loss: Tensor, norm: Tensor, stop: bool) -> tuple[float, float, bool, bool]:
+    """Bring loss and gradient norm to the CPU in one transfer, and let all ranks agree on whether to go on.
+
+    Returns:
+        Loss, norm, whether both are finite on every rank, and whether some rank was asked to stop.
+    """
+    values = torch.stack([loss.float(), norm.float()])
+    trouble = torch.stack([~values.isfinite().all(), torch.tensor(stop, device=values.device)]).float()
+    if world_size() > 1:
+        dist.all_reduce(trouble, dist.ReduceOp.MAX)
+    loss_value, norm_value, broken, stopping = torch.cat([values, trouble]).tolist()
+    return loss_value, norm_value, not broken, bool(stopping)
+
+
 def scale_gradient(loss: Tensor, factor: float) -> Tensor:
     """Return ``loss`` unchanged, with its gradient multiplied by ``factor``."""
     return loss if factor == 1 else _ScaleGradient.apply(loss, factor)

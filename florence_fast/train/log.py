@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,25 +25,29 @@ logger = logging.getLogger(__name__)
 _PACKAGE = logging.getLogger("florence_fast")
 
 
-def train_line(record: Mapping[str, Any], samples_per_epoch: int, world_size: int = 1) -> str:
+def train_line(
+    record: Mapping[str, Any], samples_per_epoch: int, world_size: int = 1, scalars: Sequence[str] = ("logit_scale",)
+) -> str:
     """Write an interval as open_clip does, so that its users' scripts read our logs.
 
     Args:
         record: an interval's record, as it stands in ``results.jsonl``.
         samples_per_epoch: size of the data set.
         world_size: number of processes.
+        scalars: entries of ``record`` that the task adds.
 
     >>> train_line(record, samples_per_epoch=8666)
     'Train Epoch: 0 [ 512/8666 (6%)] Data (t): 0.010 Batch (t): 1.000, 512.000/s, 512.000/s/gpu LR: 0.000500 ...'
     """
     seen = (record["position"] - 1) % samples_per_epoch + 1
     rate = record["samples_per_second"]
+    added = "".join(f"{name.replace('_', ' ').title()}: {record[name]:.3f} " for name in scalars)
     return (
         f"Train Epoch: {record['epoch']} "
         f"[{seen:>{len(str(samples_per_epoch))}}/{samples_per_epoch} ({100 * seen / samples_per_epoch:.0f}%)] "
         f"Data (t): {record['data_time']:.3f} Batch (t): {record['batch_time']:.3f}, "
         f"{rate:#g}/s, {rate / world_size:#g}/s/gpu LR: {record['lr']:5f} "
-        f"Logit Scale: {record['logit_scale']:.3f} Loss: {record['last_loss']:#.5g} ({record['loss']:#.5g})"
+        f"{added}Loss: {record['last_loss']:#.5g} ({record['loss']:#.5g})"
     )
 
 
@@ -201,15 +205,15 @@ class RunLog:
         """Move the bar by one step."""
         self._bar.update()
 
-    def interval(self, record: Mapping[str, Any]) -> None:
-        """Write an interval everywhere: line, bar, ``results.jsonl``, TensorBoard."""
+    def interval(self, record: Mapping[str, Any], scalars: Sequence[str] = ("logit_scale",)) -> None:
+        """Write an interval everywhere: line, bar, ``results.jsonl``, TensorBoard; ``scalars`` are the task's."""
         if not self.enabled:
             return
-        logger.info("%s", train_line(record, self._samples_per_epoch, self._world_size))
+        logger.info("%s", train_line(record, self._samples_per_epoch, self._world_size, scalars))
         self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['samples_per_second']:.0f}/s", refresh=False)
         self.record(record)
         if self._board is not None:
-            for name in ("loss", "lr", "logit_scale", "grad_norm", "data_time", "batch_time", "samples_per_second"):
+            for name in ("loss", "lr", *scalars, "grad_norm", "data_time", "batch_time", "samples_per_second"):
                 self._board.add_scalar(f"train/{name}", record[name], record["step"])
 
     def record(self, record: Mapping[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """AdamW with decoupled decay, the groups that it does not decay, and the learning rate of every step."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from florence_fast.train.config import TrainConfig
-from florence_fast.train.masters import MasterWeights
+from florence_fast.train.config import RunConfig
 
 
 def split_by_decay(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -33,27 +34,64 @@ def split_by_decay(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str,
     return decayed, {name: p for name, p in trainable.items() if name not in decayed}
 
 
-def create_optimizer(model: nn.Module, config: TrainConfig, masters: MasterWeights | None = None) -> torch.optim.AdamW:
-    """Create AdamW over the model's trainable parameters, in one fused update a step.
+def parameter_groups(model: nn.Module, lr_factors: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
+    """Group the trainable parameters of ``model`` by decay and by the factor of their learning rate.
+
+    Args:
+        model: as `split_by_decay` takes it.
+        lr_factors: what the learning rate of a parameter is multiplied with, by name; 1 for every other.
+
+    Returns:
+        Groups with "names", "decay" and, where it is not 1, "lr_factor"; none is empty.
+
+    >>> parameter_groups(model, layer_decay(model.layer_numbers(), 0.75))
+    """
+    factors = lr_factors or {}
+    groups: dict[tuple[bool, float], list[str]] = {}
+    for decay, members in zip((True, False), split_by_decay(model), strict=True):
+        for name in members:
+            groups.setdefault((decay, factors.get(name, 1.0)), []).append(name)
+    return [
+        {"names": names, "decay": decay, **({} if factor == 1 else {"lr_factor": factor})}
+        for (decay, factor), names in groups.items()
+    ]
+
+
+def layer_decay(layer_numbers: Mapping[str, int], decay: float) -> dict[str, float]:
+    """Return learning-rate factors that fall with depth: decay^(last - l) for a parameter of layer l (BEiT, Swin).
+
+    Args:
+        layer_numbers: parameter name -> its layer, counted from the input; the head belongs to the last one.
+        decay: between 0 and 1; 1 gives every layer the same rate.
+    """
+    last = max(layer_numbers.values())
+    return {name: decay ** (last - number) for name, number in layer_numbers.items()}
+
+
+def create_optimizer(
+    groups: Sequence[Mapping[str, Any]], config: RunConfig, parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.AdamW:
+    """Create AdamW over groups of parameters, in one fused update a step.
 
     Decay is decoupled (Loshchilov and Hutter): p <- p - lr * weight_decay * p beside the adaptive step.
 
     Args:
-        model: module whose parameters are already on their device.
+        groups: what `parameter_groups` returns.
         config: lr, weight_decay, beta1, beta2 and eps are read.
-        masters: fp32 copies that are updated in the place of 16-bit parameters.
+        parameters: what is updated, by name: the model's own, or fp32 copies in the place of 16-bit ones.
 
     Returns:
-        The optimiser, with one group that decays and one that does not; each group lists its ``names``.
+        The optimiser; each of its groups keeps its ``names``, and its ``lr_factor`` if it has one.
     """
-    decayed, kept = split_by_decay(model)
-    updated = {**decayed, **kept} if masters is None else masters.named
-    groups = [
-        {"params": [updated[name] for name in members], "names": list(members), "weight_decay": decay}
-        for members, decay in ((decayed, config.weight_decay), (kept, 0.0))
-        if members
+    made = [
+        {
+            "params": [parameters[name] for name in group["names"]],
+            "weight_decay": config.weight_decay if group["decay"] else 0.0,
+            **{key: value for key, value in group.items() if key != "decay"},
+        }
+        for group in groups
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return torch.optim.AdamW(made, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> list[str]:
@@ -81,7 +119,7 @@ def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> list[
     return fresh
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: RunConfig, step: int) -> float:
     """Return the learning rate of step ``step``: linear warm-up, then one cosine over the whole run.
 
     With peak p, w warm-up steps and T steps in all:
@@ -92,7 +130,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         config: lr, min_lr, warmup and the stages are read.
         step: from 0.
 
-    >>> config = TrainConfig(stages=(Stage(steps=10, image_size=32),), lr=1.0, warmup=2)
+    >>> config = RunConfig(stages=(Stage(steps=10, image_size=32),), lr=1.0, warmup=2)
     >>> [learning_rate(config, step) for step in (0, 1, 2, 6)]
     [0.5, 1.0, 1.0, 0.5]
     """
@@ -105,6 +143,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give every group of ``optimizer`` the learning rate ``value``."""
+    """Give every group of ``optimizer`` the learning rate ``value``, times its ``lr_factor`` if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("lr_factor", 1.0)

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_fast.train.config import TrainConfig
+from florence_fast.precision import check_same_weights
+from florence_fast.train.config import RunConfig
 from florence_fast.train.differences import differences
+from florence_fast.train.reproducible import warn_of_differences
 
 CHECKPOINT_FORMAT = 1
+_BEFORE_TASKS = "contrastive"
+"""The only task of checkpoints that name none."""
 _ENTRIES = ("counters", "stage", "model", "optimizer", "scaler", "ema", "rng", "config", "model_config", "environment")
 
 
@@ -49,7 +53,43 @@ def check_entries(state: Any) -> None:
         raise ResumeError(f"it lacks {', '.join(missing)}")
 
 
-def check_schedule(state: Mapping[str, Any], config: TrainConfig) -> None:
+def settings_of(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint in the layout of the run's ``own``.
+
+    Checkpoints of earlier versions hold the task's settings beside the run's. A setting that they lack is one that
+    came later; its value is the run's.
+
+    Raises:
+        ResumeError: the checkpoint belongs to another task.
+    """
+    saved = dict(state["config"])
+    nested = dict(saved.pop("task", {"name": _BEFORE_TASKS}))
+    if nested["name"] != own["task"]["name"]:
+        raise ResumeError(f"it belongs to the task {nested['name']}, and this run's is {own['task']['name']}")
+    nested |= {name: saved.pop(name) for name in own["task"] if name in saved}
+    return {**own, **saved, "task": {**own["task"], **nested}}
+
+
+def check_settings(state: Mapping[str, Any], config: RunConfig, own: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that settings do not let the run go on from, and name every setting that differs.
+
+    Args:
+        state: the checkpoint.
+        config: of the run.
+        own: all settings of the run, those of its task nested.
+
+    Raises:
+        ResumeError: another task, a stage that the run does not have, or a step behind its end.
+        ValueError: the weights were kept in another dtype.
+    """
+    check_entries(state)
+    earlier = settings_of(state, own)
+    check_schedule(state, config)
+    check_same_weights(earlier["precision"], config.precision)
+    warn_of_differences("setting", schedule(earlier), schedule(own))
+
+
+def check_schedule(state: Mapping[str, Any], config: RunConfig) -> None:
     """Refuse a checkpoint from behind the end of the run, or of a stage that the run does not have.
 
     Raises:

@@ -88,8 +88,8 @@ def test_it_says_first_what_the_shipped_weights_read(rehearsed):
 def test_the_plan_of_minutes_is_kept_when_the_run_is_resumed(without_shipped, tmp_path, monkeypatch, caplog):
     recipe = Recipe("quick", (Stage(3000, 32), Stage(1500, 64)), 1e-3, 10, keyword_prob=0.1, augmentation=1.0)
     monkeypatch.setattr(demo, "QUICK", recipe)
-    config = recipe.config
-    monkeypatch.setattr(Recipe, "config", lambda self, **kw: replace(config(**kw), batch_size=8))
+    run = recipe.run
+    monkeypatch.setattr(Recipe, "run", lambda self, **kw: replace(run(**kw), batch_size=8))
     monkeypatch.setattr(demo, "measure_speed", lambda *_: {32: 0.5, 64: 1.0})
     with caplog.at_level(logging.INFO, "florence_fast"):
         results = demo.run(tmp_path, minutes=1.2)

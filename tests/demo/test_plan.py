@@ -14,11 +14,12 @@ from florence_fast.demo.plan import (
 )
 from florence_fast.demo.recipe import QUICK, evaluation_interval
 from florence_fast.models import Florence
-from florence_fast.train.config import Stage, TrainConfig
+from florence_fast.tasks import ContrastiveConfig
+from florence_fast.train.config import RunConfig, Stage
 from tests.models.test_text import texts
 from tests.models.tiny import FLORENCE
 
-CONFIG = TrainConfig(stages=(Stage(20, 32), Stage(10, 64)), batch_size=4)
+CONFIG = RunConfig(stages=(Stage(20, 32), Stage(10, 64)), batch_size=4)
 SPEED = {32: 1.0, 64: 3.0}
 
 
@@ -43,7 +44,7 @@ def test_minutes_as_they_are_said():
 
 
 def test_the_quick_recipe_evaluates_where_it_logs_and_saves():
-    config = QUICK.config(loss="unicl", seed=0)
+    config = QUICK.run(seed=0)
     interval = evaluation_interval(config.total_steps)
     assert config.save_every_steps == interval and interval % config.log_every_n_steps == 0
     assert config.log_every_n_steps == 10
@@ -69,6 +70,8 @@ def test_a_plan_comes_back(tmp_path):
 def test_measuring_the_speed_leaves_the_model_alone():
     model = Florence(FLORENCE)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    seconds = measure_speed(model, lambda words: texts(*[4] * len(words)), ["a", "b"], CONFIG, None)
+    seconds = measure_speed(
+        model, lambda words: texts(*[4] * len(words)), ["a", "b"], CONFIG, ContrastiveConfig(), None
+    )
     assert seconds.keys() == {32, 64} and all(value > 0 for value in seconds.values())
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())

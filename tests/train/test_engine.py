@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from florence_fast.models import Florence
+from florence_fast.tasks.images import plain_images
 from florence_fast.train.config import Stage
 from florence_fast.train.engine import Trainer, TrainingDivergedError
-from florence_fast.train.step import plain_images
 from tests.train.tiny_run import losses, tiny_model, tiny_trainer, tokenizer, write_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +37,7 @@ class Damaged:
     """An augmentation that hands NaN pictures to some steps."""
 
     def __init__(self, model: Florence, steps: set[int]) -> None:
-        self.plain, self.steps = plain_images(model, torch.device("cpu")), steps
+        self.plain, self.steps = plain_images(model.config), steps
 
     def __call__(self, images: Tensor, image_size: int, seed: int, step: int) -> Tensor:
         return self.plain(images, image_size, seed, step) * (torch.nan if step in self.steps else 1.0)
@@ -54,10 +55,10 @@ def test_it_learns_which_name_belongs_to_which_picture(pairs: Path, tmp_path: Pa
 def test_loss_and_gradients_are_those_of_the_definition(pairs: Path, tmp_path: Path, loss: str) -> None:
     """Every text is encoded, with its padding, and every pair compared: no step of ours is a shortcut in value."""
     trainer = tiny_trainer(pairs, tmp_path, **_stage(1), model=tiny_model(drop_path_rate=0.0), loss=loss, augment=None)
-    batch = next(iter(trainer.loader.batches(0)))
+    task, stage = trainer.task, trainer.config.stages[0]
+    batch = next(task.batches(stage, 32, 0, lambda: False))
     assert len(set(batch.texts)) < len(batch.texts)
-    trainer.loader.configure(batch_size=32, image_size=16, augment_text=True)
-    value = trainer.contrastive_step(batch, 16, 0, trainer.scaler)
+    value = task.backward(batch, stage, 0, trainer.state.scaler.scale, nullcontext)
     gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
 
     model = tiny_model(drop_path_rate=0.0)
@@ -78,8 +79,8 @@ def test_loss_and_gradients_are_those_of_the_definition(pairs: Path, tmp_path: P
 
 def test_each_distinct_text_is_encoded_once_and_cut_to_the_longest(pairs: Path, tmp_path: Path) -> None:
     trainer = tiny_trainer(pairs, tmp_path, **_stage(1))
-    batch = next(iter(trainer.loader.batches(0)))
-    prepared = trainer.contrastive_step.prepare(batch, 16, 0)
+    batch = next(iter(trainer.task.loader.batches(0)))
+    prepared = trainer.task.prepare(batch, trainer.config.stages[0], 0)
     assert len(prepared.tokens) == len(set(batch.texts))
     assert prepared.tokens.shape[1] == min(12, max(map(len, batch.texts)) + 2)
     assert torch.equal(prepared.tokens[prepared.which], tokenizer(batch.texts)[:, : prepared.tokens.shape[1]])
@@ -110,8 +111,8 @@ def test_a_nan_step_is_skipped_counted_and_named(pairs: Path, tmp_path: Path, ca
     assert (result["skipped_steps"], result["skipped_in_a_row"], result["step"]) == (1, 0, 4)
     assert "step 1 skipped: the loss is nan" in caplog.text
     assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert trainer.optimizer.state[model.image_projection.weight]["step"] == 3
-    assert trainer.ema.updates == 3
+    assert trainer.state.optimizer.state[model.image_projection.weight]["step"] == 3
+    assert trainer.state.ema.updates == 3
     record = [json.loads(line) for line in (tmp_path / "checkpoints" / "results.jsonl").read_text().splitlines()][1]
     assert (record["step"], record["loss"], record["skipped_steps"]) == (2, None, 1)
 
@@ -183,7 +184,7 @@ def test_an_evaluation_leaves_no_trace_in_time_or_numbers(pairs: Path, tmp_path:
 def test_stages_change_what_the_model_sees(pairs: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int, int, int]] = []
     model = tiny_model()
-    plain = plain_images(model, torch.device("cpu"))
+    plain = plain_images(model.config)
 
     def watch(images: Tensor, image_size: int, seed: int, step: int) -> Tensor:
         table = model.visual.layers[0].blocks[0].attn.relative_position_bias_table
@@ -202,7 +203,7 @@ def test_the_weights_for_use_are_the_average_and_load_by_themselves(pairs: Path,
     loaded = Florence.from_pretrained(path)
     assert loaded.config == trainer.model.config
     for name, parameter in loaded.named_parameters():
-        torch.testing.assert_close(parameter, trainer.ema.average[name], rtol=0, atol=0)
+        torch.testing.assert_close(parameter, trainer.state.ema.average[name], rtol=0, atol=0)
     assert not torch.equal(loaded.image_projection.weight, trainer.model.image_projection.weight)
 
 
@@ -213,7 +214,7 @@ def test_training_and_evaluation_resize_in_one_way(pairs: Path, tmp_path: Path, 
     model = tiny_model()
     model.config = replace(model.config, resize_mode="longest", interpolation="bilinear")
     trainer = tiny_trainer(pairs, tmp_path, **_stage(1), model=model, crop=crop)
-    assert (trainer.loader.crop, trainer.loader.interpolation) == (crop or resize_mode, "bilinear")
+    assert (trainer.task.loader.crop, trainer.task.loader.interpolation) == (crop or resize_mode, "bilinear")
     loaded = Florence.from_pretrained(Path(trainer.run()["checkpoint"]).with_suffix(".safetensors"))
     assert loaded.config.resize_mode == model.config.resize_mode == resize_mode
 
@@ -265,3 +266,43 @@ def test_a_second_sigint_interrupts_at_once(pairs: Path, tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         tiny_trainer(pairs, tmp_path, **_stage(9), on_interval=interrupt).run()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class Norm:
+    """Measures the text projection, and what mode the model is in."""
+
+    def __init__(self) -> None:
+        self.modes: list[bool] = []
+
+    def run(self, model: Florence) -> dict[str, float]:
+        self.modes.append(model.training)
+        torch.rand(7)
+        return {"norm": model.text_projection.weight.norm().item()}
+
+
+def test_evaluators_run_at_intervals_and_at_the_end_on_the_average(pairs: Path, tmp_path: Path) -> None:
+    norm = Norm()
+    settings = {"log_every_n_steps": 2, "evaluate_every_steps": 3, "evaluators": [norm]}
+    trainer = tiny_trainer(pairs, tmp_path / "evaluated", **_stage(7), **settings)
+    trainer.run()
+    records = [json.loads(line) for line in (tmp_path / "evaluated/checkpoints/results.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 3, 3, 4, 6, 6, 7, 7]
+    found = {record["step"]: record["norm"] for record in records if "norm" in record}
+    assert list(found) == [3, 6, 7] and norm.modes == [False] * 3
+    assert found[7] == trainer.state.ema.average["text_projection.weight"].norm().item()
+    assert found[7] != trainer.model.text_projection.weight.norm().item()
+    plain = tiny_trainer(pairs, tmp_path / "plain", **_stage(7))
+    plain.run()
+    assert plain.counters.last_loss == trainer.counters.last_loss, "an evaluation leaves no trace in the training"
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_on_resume(pairs: Path, tmp_path: Path) -> None:
+    def stop(trainer: Trainer, record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    settings = {**_stage(4), "evaluate_every_steps": 3}
+    tiny_trainer(pairs, tmp_path, **settings, evaluators=[Norm()], on_interval=stop).run()
+    tiny_trainer(pairs, tmp_path, **settings, evaluators=[Norm()]).run(resume="latest")
+    lines = (tmp_path / "checkpoints/results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "norm" in line.split('"grad_')[0]] == [3, 4]

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from florence_fast.tasks.images import plain_images
 from florence_fast.train.config import Stage
 from florence_fast.train.engine import Trainer
-from florence_fast.train.step import plain_images
 from tests.train.processes import NUM_PROCESSES, Processes
 from tests.train.tiny_run import losses, tiny_model, tiny_trainer, write_pairs
 
@@ -56,7 +56,7 @@ def train_and_stop(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tupl
 
 def train_damaged(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tuple[dict, dict]:
     """Train while rank 2, and no other, sees NaN pictures in its second step."""
-    plain = plain_images(tiny_model(), torch.device("cpu"))
+    plain = plain_images(tiny_model().config)
 
     def damage(images: Tensor, image_size: int, seed: int, step: int) -> Tensor:
         broken = dist.get_rank() == 2 and step == 1

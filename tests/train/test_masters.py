@@ -31,7 +31,7 @@ def _trained(pairs: Path, folder: Path, word: str, steps: int = 8) -> Trainer:
 def _steps_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """How far each parameter has come, the masters' way where there are masters."""
     start = dict(tiny_model().named_parameters())
-    return {name: (p.detach().float() - start[name].detach()) for name, p in trainer.masters.named.items()}
+    return {name: (p.detach().float() - start[name].detach()) for name, p in trainer.state.masters.named.items()}
 
 
 @pytest.mark.parametrize("word", ["bf16", "fp16"])
@@ -70,7 +70,7 @@ def test_a_pure_word_keeps_no_copies_and_says_what_that_costs(
     pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = _trained(pairs, tmp_path, "pure_bf16", steps=2)
-    assert not trainer.masters.copies
+    assert not trainer.state.masters.copies
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
     assert any("small updates are lost" in record.getMessage() for record in caplog.records)
 

@@ -7,10 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-from florence_fast.train.config import PAPER_STAGES, Stage, TrainConfig, paper_stages
-from florence_fast.train.optim import carry_state, create_optimizer, learning_rate, split_by_decay
+from florence_fast.tasks import TASKS, ContrastiveConfig
+from florence_fast.train.config import PAPER_STAGES, RunConfig, Stage, paper_stages, split_settings
+from florence_fast.train.optim import (
+    carry_state,
+    create_optimizer,
+    layer_decay,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+    split_by_decay,
+)
 
 STAGES = (Stage(steps=6, image_size=32), Stage(steps=4, image_size=64, augment_text=False, peak_lr=0.5))
+
+_fields = dataclasses.fields
+ALL_SETTINGS = [RunConfig, *(task.settings for task in TASKS.values())]
 
 
 class Little(nn.Module):
@@ -31,6 +43,10 @@ class Little(nn.Module):
         return (self.norm(self.linear(self.linear.weight)).sum() + self.table.square().sum()) * self.logit_scale
 
 
+def _optimizer(model: nn.Module, config: RunConfig, **options: object) -> torch.optim.AdamW:
+    return create_optimizer(parameter_groups(model, **options), config, dict(model.named_parameters()))
+
+
 def test_only_matrices_outside_no_weight_decay_are_decayed() -> None:
     decayed, kept = split_by_decay(Little())
     assert list(decayed) == ["linear.weight"]
@@ -48,7 +64,7 @@ def test_decay_is_decoupled_and_of_its_group_only() -> None:
     """With a gradient of zero, AdamW's step is the decay alone: p (1 - lr * weight_decay)."""
     model = Little()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = create_optimizer(model, TrainConfig(stages=STAGES, lr=0.25, weight_decay=0.5))
+    optimizer = _optimizer(model, RunConfig(stages=STAGES, lr=0.25, weight_decay=0.5))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -58,12 +74,12 @@ def test_decay_is_decoupled_and_of_its_group_only() -> None:
 
 
 def test_a_new_optimizer_takes_over_every_state_but_that_of_resized_tables() -> None:
-    config = TrainConfig(stages=STAGES)
+    config = RunConfig(stages=STAGES)
     old_model, new_model = Little(), Little(table_rows=25)
-    old = create_optimizer(old_model, config)
+    old = _optimizer(old_model, config)
     old_model.loss().backward()
     old.step()
-    new = create_optimizer(new_model, config)
+    new = _optimizer(new_model, config)
     assert carry_state(old, new) == ["table"]
     assert torch.equal(new.state[new_model.linear.weight]["exp_avg"], old.state[old_model.linear.weight]["exp_avg"])
     assert new_model.table not in new.state
@@ -81,12 +97,12 @@ def test_a_new_optimizer_takes_over_every_state_but_that_of_resized_tables() -> 
     ],
 )
 def test_learning_rate(step: int, expected: float) -> None:
-    config = TrainConfig(stages=STAGES, lr=1.0, min_lr=0.1, warmup=2)
+    config = RunConfig(stages=STAGES, lr=1.0, min_lr=0.1, warmup=2)
     assert learning_rate(config, step) == pytest.approx(expected, abs=1e-12)
 
 
 def test_learning_rate_of_the_cosine_against_torch() -> None:
-    config = TrainConfig(stages=(Stage(steps=50, image_size=32),), lr=0.3, min_lr=0.01, warmup=0)
+    config = RunConfig(stages=(Stage(steps=50, image_size=32),), lr=0.3, min_lr=0.01, warmup=0)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=0.01)
     for step in range(50):
@@ -107,13 +123,47 @@ def test_the_papers_stages_keep_their_shares() -> None:
 
 
 def test_stage_at_changes_at_the_border() -> None:
-    config = TrainConfig(stages=STAGES)
+    config = RunConfig(stages=STAGES)
     assert [config.stage_at(step)[0] for step in (0, 5, 6, 9, 10)] == [0, 0, 1, 1, 1]
 
 
 def test_config_survives_a_round_trip() -> None:
-    config = TrainConfig(stages=STAGES, ema_decay=0.99, warmup=3)
-    assert TrainConfig.from_dict(config.to_dict()) == config
+    config = RunConfig(stages=STAGES, ema_decay=0.99, warmup=3)
+    assert RunConfig.from_dict(config.to_dict()) == config
+    task = ContrastiveConfig(loss="clip", micro_batch_size=3)
+    nested, flat = {**config.to_dict(), "task": task.to_dict()}, {**config.to_dict(), **task.to_dict()}
+    for values in (nested, {**nested, "task": {"name": "contrastive", **task.to_dict()}}, flat):
+        run, own = split_settings(values, ContrastiveConfig)
+        assert (RunConfig.from_dict(run), ContrastiveConfig.from_dict(own)) == (config, task)
+    with pytest.raises(ValueError, match=r"task\.loss is given twice"):
+        split_settings({**flat, "task": {"loss": "clip"}}, ContrastiveConfig)
+
+
+@pytest.mark.parametrize("config", ALL_SETTINGS)
+def test_every_setting_is_described(config: type) -> None:
+    """The command line shows these lines."""
+    assert config.descriptions().keys() == {field.name for field in _fields(config)}
+    assert all(text.endswith(".") and len(text) > 8 for text in config.descriptions().values())
+
+
+def test_learning_rates_fall_with_depth() -> None:
+    model = Little()
+    layers = {name: {"linear": 0, "norm": 1}.get(name.split(".")[0], 3) for name, _ in model.named_parameters()}
+    config = RunConfig(stages=STAGES, lr=0.25)
+    optimizer = _optimizer(model, config, lr_factors=layer_decay(layers, 0.5))
+    set_learning_rate(optimizer, 0.8)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert rates["linear.weight"] == rates["linear.bias"] == pytest.approx(0.1)
+    assert rates["norm.weight"] == pytest.approx(0.2)
+    assert rates["table"] == rates["logit_scale"] == pytest.approx(0.8)
+    decays = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["names"]}
+    assert {name for name, decay in decays.items() if decay} == {"linear.weight"}
+
+
+def _configs(**settings: object) -> tuple[RunConfig, ContrastiveConfig]:
+    """Build the settings of a run and of its task, each from those that it knows."""
+    run, task = split_settings({"stages": STAGES, **settings}, ContrastiveConfig)
+    return RunConfig(**run), ContrastiveConfig(**task)
 
 
 @pytest.mark.parametrize(
@@ -138,40 +188,41 @@ def test_config_survives_a_round_trip() -> None:
 )
 def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainConfig(**{"stages": STAGES, **settings})
+        _configs(**settings)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "0.1", True, [1.0], 1j])
 def test_no_number_of_a_config_is_nan_or_infinite_or_of_another_type(value: object) -> None:
     """Every field that holds a float, found by its annotation, so that a new one is tested as well."""
-    names = [field.name for field in dataclasses.fields(TrainConfig) if field.type in (float, float | None)]
-    assert {"lr", "weight_decay", "grad_clip_norm", "ema_decay", "max_bad_share"} <= set(names)
-    for name in names:
+    names = [(c, field.name) for c in ALL_SETTINGS for field in _fields(c) if field.type in (float, float | None)]
+    wanted = {"lr", "weight_decay", "grad_clip_norm", "ema_decay", "max_bad_share", "keyword_prob"}
+    assert wanted <= {name for _, name in names}
+    for config, name in names:
         with pytest.raises(ValueError, match=rf"{name} must .*, got "):
-            TrainConfig(**{"stages": STAGES, name: value})
+            config(**({"stages": STAGES} if config is RunConfig else {}), **{name: value})
     with pytest.raises(ValueError, match=r"Stage\.peak_lr must be a positive number, got "):
         Stage(steps=1, image_size=8, peak_lr=value)
 
 
 @pytest.mark.parametrize("value", [math.nan, 1.0, "1", True, [1]])
 def test_no_count_of_a_config_is_of_another_type(value: object) -> None:
-    counts = [field.name for field in dataclasses.fields(TrainConfig) if field.type in (int, int | None)]
-    assert {"batch_size", "seed", "save_every_steps"} <= set(counts)
-    for name in counts:
+    counts = [(c, field.name) for c in ALL_SETTINGS for field in _fields(c) if field.type in (int, int | None)]
+    assert {"batch_size", "seed", "save_every_steps", "micro_batch_size"} <= {name for _, name in counts}
+    for config, name in counts:
         with pytest.raises(ValueError, match=f"{name} must be a whole number"):
-            TrainConfig(**{"stages": STAGES, name: value})
+            config(**({"stages": STAGES} if config is RunConfig else {}), **{name: value})
 
 
 @pytest.mark.parametrize("values", [[], 3, {"stages": 3}, {"stages": [3]}, {"stages": {"steps": 1}}])
 def test_a_config_of_another_shape_is_refused(values: object) -> None:
     with pytest.raises(ValueError, match="must be"):
-        TrainConfig.from_dict(values)
+        RunConfig.from_dict(values)
 
 
 def test_an_unknown_setting_is_named_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="TrainConfig has no setting 'warmpu' \\(did you mean 'warmup'\\?\\)"):
-        TrainConfig.from_dict({"stages": [], "warmpu": 3})
+    with pytest.raises(ValueError, match="RunConfig has no setting 'warmpu' \\(did you mean 'warmup'\\?\\)"):
+        RunConfig.from_dict({"stages": [], "warmpu": 3})
     with pytest.raises(ValueError, match="Stage has no setting 'size'"):
-        TrainConfig.from_dict({"stages": [{"steps": 1, "size": 32}]})
+        RunConfig.from_dict({"stages": [{"steps": 1, "size": 32}]})
     with pytest.raises(ValueError, match=r"Stage.steps must be a whole number of at least 1, got 0"):
         Stage(steps=0, image_size=32)

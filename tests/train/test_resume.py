@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from florence_fast.train.checkpoint import CheckpointStore
 from florence_fast.train.config import Stage
+from florence_fast.train.resume import ResumeError
 from tests.train.tiny_run import STAGES, losses, start_child, tiny_trainer, write_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +109,7 @@ def test_resumed_from_the_checkpoint_of_a_step(whole: Path, pairs: Path, tmp_pat
     finished = torch.load(whole / "checkpoints" / f"step_{TOTAL_STEPS}.pt", weights_only=True)
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(weight, finished["model"][name]), name
-    for name, average in trainer.ema.average.items():
+    for name, average in trainer.state.ema.average.items():
         assert torch.equal(average, finished["ema"]["average"][name]), name
 
 
@@ -163,3 +165,29 @@ def test_latest_starts_where_nothing_is_and_a_new_run_refuses_where_something_is
         tiny_trainer(pairs, tmp_path, **one_step).run()
     with pytest.raises(FileNotFoundError, match=r"step_99\.pt"):
         tiny_trainer(pairs, tmp_path, **one_step).run(resume=tmp_path / "checkpoints" / "step_99.pt")
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_checkpoint_from_before_tasks_is_resumed(
+    whole: Path, pairs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int
+) -> None:
+    """Its settings lie side by side, those that came later are missing, and groups of the optimiser know no factor."""
+    store = CheckpointStore(tmp_path / "old")
+    state = store.load(whole / "checkpoints" / f"step_{step}.pt")
+    task = state["config"].pop("task")
+    assert task.pop("name") == "contrastive"
+    state["config"] |= {name: value for name, value in task.items() if name != "augment"}
+    del state["config"]["evaluate_every_steps"]
+    with caplog.at_level(logging.WARNING):
+        trainer = tiny_trainer(pairs, tmp_path / "run", save_every_steps=1, keep_checkpoints=TOTAL_STEPS)
+        trainer.run(resume=store.save(step, state))
+    assert losses(tmp_path / "run") == losses(whole, after=step)
+    assert "differs" not in caplog.text
+
+
+def test_a_checkpoint_of_another_task_is_refused_in_one_line(whole: Path, pairs: Path, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "other")
+    state = store.load(whole / "checkpoints" / "step_5.pt")
+    state["config"]["task"] = {"name": "classification", "label_smoothing": 0.1}
+    with pytest.raises(ResumeError, match="it belongs to the task classification, and this run's is contrastive"):
+        tiny_trainer(pairs, tmp_path / "run").run(resume=store.save(5, state))

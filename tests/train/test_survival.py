@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from florence_fast.models import Florence
+from florence_fast.tasks.images import plain_images
 from florence_fast.train.config import Stage
 from florence_fast.train.engine import Trainer, TrainingDivergedError
 from florence_fast.train.resume import ResumeError
 from florence_fast.train.run_lock import RunInUseError
-from florence_fast.train.step import plain_images
 from tests.train.tiny_run import STAGES, losses, tiny_model, tiny_trainer, write_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +46,7 @@ class Noisy:
 
     def __init__(self, error: Exception | None = None, step: int = -1) -> None:
         self.generator = np.random.default_rng(3)
-        self.plain, self.error, self.step = plain_images(tiny_model(), torch.device("cpu")), error, step
+        self.plain, self.error, self.step = plain_images(tiny_model().config), error, step
 
     def __call__(self, images: Tensor, image_size: int, seed: int, step: int) -> Tensor:
         noise = torch.from_numpy(self.generator.standard_normal((len(images), 1, 1, 1), dtype=np.float32))
@@ -189,7 +189,7 @@ def test_a_stop_while_the_data_do_not_come_saves_and_is_no_error(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = tiny_trainer(pairs, tmp_path, **_one_stage(9))
-    whole = trainer.loader.batches
+    whole = trainer.task.loader.batches
 
     def stuck(position: int, stopping: Callable[[], bool]) -> Iterator[Any]:
         for number, batch in enumerate(whole(position, stopping)):
@@ -200,7 +200,7 @@ def test_a_stop_while_the_data_do_not_come_saves_and_is_no_error(
                 raise RuntimeError("no decoding worker answers")
             yield batch
 
-    monkeypatch.setattr(trainer.loader, "batches", stuck)
+    monkeypatch.setattr(trainer.task.loader, "batches", stuck)
     result = trainer.run()
     assert (result["status"], result["signal"], result["step"]) == ("stopped", "SIGTERM", 3)
     assert result["checkpoint"] == str(trainer.store.path(3)) and _steps(tmp_path) == [3]

@@ -20,7 +20,8 @@ from florence_fast.data.augment import BatchAugment
 from florence_fast.data.pairs import PairSource, open_pairs
 from florence_fast.models.config import FlorenceConfig, ImageConfig, TextConfig
 from florence_fast.models.florence import Florence
-from florence_fast.train.config import Stage, TrainConfig
+from florence_fast.tasks.contrastive import ContrastiveConfig, ContrastiveTask
+from florence_fast.train.config import RunConfig, Stage, split_settings
 from florence_fast.train.engine import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,13 +78,16 @@ def write_pairs(folder: Path, count: int = 80) -> Path:
 
 
 def tiny_trainer(pairs: Path | PairSource, out_dir: Path, **settings: Any) -> Trainer:
-    """Return a trainer; settings that `TrainConfig` does not know go to `Trainer`."""
+    """Return a trainer; settings that neither the run nor the task knows go to `Trainer`."""
     model = settings.pop("model", None) or tiny_model()
     extras = {name: settings.pop(name) for name in ("on_interval", "generators", "about") if name in settings}
     augment = settings.pop("augment", BatchAugment(model.config.image_mean, model.config.image_std))
-    config = TrainConfig(**{"stages": STAGES, **SETTINGS, **settings})
+    evaluators = settings.pop("evaluators", ())
+    run, task = split_settings({"stages": STAGES, **SETTINGS, **settings}, ContrastiveConfig)
     source = open_pairs(pairs) if isinstance(pairs, Path) else pairs
-    return Trainer(model, tokenizer, source, config, out_dir, augment=augment, **extras)
+    config = ContrastiveConfig(**task)
+    task = ContrastiveTask(model, tokenizer, source, config, augment=augment, evaluators=evaluators)
+    return Trainer(task, RunConfig(**run), out_dir, **extras)
 
 
 def losses(out_dir: Path, after: int = 0) -> dict[int, str]:

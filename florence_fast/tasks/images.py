@@ -1,0 +1,46 @@
+"""Batches of decoded images, uint8, as the normalised tensors that a model takes.
+
+Letters: B images of a batch · S side of the images
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from florence_fast.data.augment import BatchAugment
+from florence_fast.train.distributed import rank
+
+Augment = Callable[[Tensor, int, int, int], Tensor]
+"""``augment(images_uint8 (B, 3, H, W), image_size, seed, step) -> (B, 3, S, S)``, normalised."""
+_RANK_STRIDE = 1_000_003
+
+
+def plain_images(config: Any) -> Augment:
+    """Return an augmentation that changes nothing: it resizes by area and normalises.
+
+    Args:
+        config: has ``image_mean`` and ``image_std``.
+    """
+
+    def resize_and_normalise(images: Tensor, image_size: int, seed: int, step: int) -> Tensor:
+        mean = torch.tensor(config.image_mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(config.image_std, device=images.device).view(3, 1, 1)
+        x = images.float().div_(255)
+        if x.shape[-2:] != (image_size, image_size):
+            x = F.interpolate(x, size=(image_size, image_size), mode="area")
+        return (x - mean) / std
+
+    return resize_and_normalise
+
+
+def augmentation(config: Any, wanted: bool) -> Augment:
+    """Return random changes of shape and colour if they are ``wanted``, or `plain_images`."""
+    return BatchAugment(config.image_mean, config.image_std) if wanted else plain_images(config)
+
+
+def seed_of_rank(seed: int) -> int:
+    """Return the seed of this rank's augmentation: no two ranks draw the same."""
+    return seed + _RANK_STRIDE * rank()
