@@ -61,7 +61,7 @@ def run_backwards(
     device: torch.device, dtypes: tuple[torch.dtype, ...], windows: tuple[int, ...]
 ) -> list[dict[str, Any]]:
     """Ask the test by which window attention chooses its backward, for shifted windows and a head dim of 32."""
-    from florence_fast.ops._window_attention_triton import fast_dots_are_right
+    from florence_fast.ops.window_attention.triton import fast_dots_are_right
 
     rows = []
     for dtype in dtypes:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from florence_fast import native, ops
-from florence_fast.ops import _window_attention_native
+from florence_fast.ops.window_attention import cpp as window_attention_cpp
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
 
@@ -196,7 +196,7 @@ def test_it_computes_what_this_processor_does(
             wanted = results(*example)
             with monkeypatch.context() as patch:
                 patch.setattr(native, "call", caller(driver, called))
-                patch.setattr(_window_attention_native, "_addresses", lambda tensors: tensors)
+                patch.setattr(window_attention_cpp, "_addresses", lambda tensors: tensors)
                 got = results(*example)
         for i, (x, y) in enumerate(zip(got, wanted, strict=True)):
             error = (x.double() - y.double()).norm() / y.double().norm()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from florence_fast import info, native, ops
-from florence_fast.ops import _mlp_native
+from florence_fast.ops.mlp import cpp as mlp_cpp
 from tests.ops.test_every_op import example, outputs_and_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    return _mlp_native.bias_activation_fwd(x, None, "gelu", False)
+    return mlp_cpp.bias_activation_fwd(x, None, "gelu", False)
 
 
 @pytest.mark.native
@@ -168,7 +168,7 @@ def test_without_the_extension_info_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 THREADS = """
 import json, os, torch
 from florence_fast import native
-from florence_fast.ops import _mlp_native
+from florence_fast.ops.mlp import cpp as mlp_cpp
 from tests.ops.test_every_op import example, outputs_and_gradients
 
 def threads():
@@ -180,7 +180,7 @@ x = torch.randn(1000, 1000)
 before = threads()
 for count in (2, 1, 2):
     torch.set_num_threads(count)
-    _mlp_native.bias_activation_fwd(x, None, "gelu", False)
+    mlp_cpp.bias_activation_fwd(x, None, "gelu", False)
 pools = {line.split()[-1] for line in open("/proc/self/maps") if "omp.so" in line or "omp5.so" in line}
 print(json.dumps([before, threads(), sorted(pools)]))
 """

@@ -7,7 +7,8 @@ import torch
 
 from florence_fast import native, ops, verify
 from florence_fast.cli import verify as command
-from florence_fast.ops import OPS, _window_attention_torch
+from florence_fast.ops import OPS
+from florence_fast.ops.window_attention import torch as window_attention_torch
 from florence_fast.verify.cases import subjects
 from florence_fast.verify.compare import CEILINGS, Judgement, joined, judge, relative_error
 from florence_fast.verify.window_attention import SUBJECT
@@ -59,25 +60,25 @@ def test_every_op_passes_here_in_every_dtype(capsys, tmp_path):
 
 
 def test_a_wrong_result_gives_exit_code_1(capsys, monkeypatch, one_small_case):
-    right = _window_attention_torch.window_attention_fwd
+    right = window_attention_torch.window_attention_fwd
 
     def wrong(*args):
         out, kept = right(*args)
         return out * 1.05, kept
 
-    monkeypatch.setattr(_window_attention_torch, "window_attention_fwd", wrong)
+    monkeypatch.setattr(window_attention_torch, "window_attention_fwd", wrong)
     code, shown = run(capsys, "--device", "cpu", "--no-times")
     assert code == 1 and "3 of 3 checks are WRONG" in shown
 
 
 def test_a_wrong_gradient_gives_exit_code_1(capsys, monkeypatch, one_small_case):
-    right = _window_attention_torch.window_attention_bwd
+    right = window_attention_torch.window_attention_bwd
 
     def wrong(*args):
         dqkv, dtable, *others = right(*args)
         return dqkv, dtable * 1.05, *others
 
-    monkeypatch.setattr(_window_attention_torch, "window_attention_bwd", wrong)
+    monkeypatch.setattr(window_attention_torch, "window_attention_bwd", wrong)
     code, shown = run(capsys, "--device", "cpu", "--no-times")
     assert code == 1 and "WRONG" in shown and "rel_pos_bias_table" in shown
 
@@ -86,7 +87,7 @@ def test_an_error_is_a_failed_check(capsys, monkeypatch, one_small_case):
     def broken(*args):
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(_window_attention_torch, "window_attention_fwd", broken)
+    monkeypatch.setattr(window_attention_torch, "window_attention_fwd", broken)
     code, shown = run(capsys, "--device", "cpu", "--no-times")
     assert code == 1 and "WRONG: RuntimeError: no luck" in shown
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.native_rows.base import DTYPES, OURS, Call, Run, Subject
 from florence_fast import ops
-from florence_fast.ops import _mlp_native
+from florence_fast.ops.mlp import cpp as mlp_cpp
 from florence_fast.verify.rows import plain_layer_norm_residual
 
 OPS = ("layer_norm_residual", "bias_gelu")
@@ -56,4 +56,4 @@ def _bias_gelu(R: int, F_: int, dtype: str) -> dict[str, Call]:
         with torch.inference_mode():
             return F.gelu(x + bias)
 
-    return {OURS: lambda: _mlp_native.bias_activation_fwd(x, bias, "gelu", False), "eager": eager}
+    return {OURS: lambda: mlp_cpp.bias_activation_fwd(x, bias, "gelu", False), "eager": eager}

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from florence_fast.errors import unknown
 from florence_fast.ops import _backend
-from florence_fast.ops._contrastive_checks import check_features, check_labels, check_scalar
 from florence_fast.ops.contrastive_loss import (
     Statistics,
     check_reduction,
@@ -18,6 +17,7 @@ from florence_fast.ops.contrastive_loss import (
     join_directions,
     positive_weight,
 )
+from florence_fast.ops.logits.checks import check_features, check_labels, check_scalar
 from florence_fast.ops.sigmoid_loss import sigmoid_loss, sigmoid_loss_of_rows
 from florence_fast.train.distributed import (
     all_gather_rows,

@@ -211,7 +211,7 @@ def test_every_launch_is_guarded(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         inside.pop()
 
     launched: list[int] = []
-    module = import_module(f"florence_fast.ops._{name}_native" if native.extension() else "florence_fast.ops.nms")
+    module = import_module(f"florence_fast.ops.{name}.cpp" if native.extension() else "florence_fast.ops.nms.op")
     function = {"l2_normalize": "l2_normalize_fwd", "nms": "nms_kept"}[name]
     real = getattr(module, function)
     monkeypatch.setattr(_op, "_on_device_of", guard)
@@ -257,7 +257,7 @@ def test_every_op_runs_its_own_example(name: str) -> None:
 @pytest.fixture
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Collect the arguments of each call of l2_normalize that torch's dispatcher sees."""
-    op = import_module("florence_fast.ops.l2_normalize")._l2_normalize
+    op = import_module("florence_fast.ops.l2_normalize.op")._l2_normalize
     seen, original = [], op._op
     monkeypatch.setattr(op, "_op", lambda *args: (seen.append(args), original(*args))[1])
     return seen

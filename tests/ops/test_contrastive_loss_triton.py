@@ -18,12 +18,12 @@ from torch import Tensor
 
 from florence_fast import ops
 from florence_fast.kernels.targets import H200, assume
-from florence_fast.ops import _contrastive_loss_triton
 from florence_fast.ops.contrastive_loss import (
     contrastive_statistics,
     contrastive_statistics_reference,
     positive_weight,
 )
+from florence_fast.ops.contrastive_loss import triton as contrastive_loss_triton
 from tests.ops.rounding import assert_as_exact, relative_error
 
 # A kernel's loss is a mean of differences of logits: their rounding, not the loss's own, is what it cannot go below.
@@ -163,7 +163,7 @@ def test_logits_far_apart_take_the_form_with_two_exponentials(device: str) -> No
 def test_column_statistics_in_a_small_scratch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, options = Case(300, 32, names=40).make(torch.float32, device)
     expected = run(kernels, tensors, options)
-    monkeypatch.setattr(_contrastive_loss_triton, "SCRATCH_BYTES", 8 * 300)
+    monkeypatch.setattr(contrastive_loss_triton, "SCRATCH_BYTES", 8 * 300)
     for name, x in run(kernels, tensors, options).items():
         torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-7)
 

@@ -21,8 +21,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
 from florence_fast import native, ops
-from florence_fast.ops import _backend, _deform_conv2d_torch
+from florence_fast.ops import _backend
 from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
+from florence_fast.ops.deform_conv2d import torch as deform_conv2d_torch
 from tests.ops.rounding import relative_error
 
 FORWARD = torch.ops.florence_fast.deform_conv2d.default
@@ -256,15 +257,15 @@ def test_columns_of_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     tensors, values = replace(Case(), batch=5).make(torch.float64)
     grad_out, most = torch.randn(5, 6, 5, 7, dtype=torch.float64), []
     whole = run(deform_conv2d, tensors, values, grad_out)
-    sample = _deform_conv2d_torch.LibrarySampler.sample
-    monkeypatch.setattr(_deform_conv2d_torch, "COLUMN_BYTES", {"cpu": 2 * 8 * 5 * 7 * 9 * 4})
+    sample = deform_conv2d_torch.LibrarySampler.sample
+    monkeypatch.setattr(deform_conv2d_torch, "COLUMN_BYTES", {"cpu": 2 * 8 * 5 * 7 * 9 * 4})
 
     def watched(*args: Any) -> Tensor:
         columns = sample(*args)
         most.append(columns.nbytes)
         return columns
 
-    monkeypatch.setattr(_deform_conv2d_torch.LibrarySampler, "sample", staticmethod(watched))
+    monkeypatch.setattr(deform_conv2d_torch.LibrarySampler, "sample", staticmethod(watched))
     parts = run(deform_conv2d, tensors, values, grad_out)
     assert most == [2 * 8 * 5 * 7 * 9 * 4] * 2 + [8 * 5 * 7 * 9 * 4]
     for name, x in whole.items():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _deform_conv2d_native
+from florence_fast.ops.deform_conv2d import cpp as deform_conv2d_cpp
 from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
 from tests.ops.rounding import relative_error
 from tests.ops.test_deform_conv2d import BACKWARD, CASES, FORWARD, Case, grad_like, plainly, run
@@ -113,9 +113,9 @@ def test_each_subset_of_gradients_is_that_of_all(dtype: torch.dtype) -> None:
 def samples(num_threads: int, x: Tensor, offset: Tensor, mask: Tensor) -> list[Tensor]:
     torch.set_num_threads(num_threads)
     geometry = [3, 3], [1, 1], [1, 1], [1, 1]
-    columns = _deform_conv2d_native.sample(x, offset, mask, *geometry)
-    grads = _deform_conv2d_native.sample_gradients(columns, x, offset, mask, *geometry, True)
-    return [columns, *grads, _deform_conv2d_native.input_gradient(columns, x.shape[1:3], offset, mask, *geometry)]
+    columns = deform_conv2d_cpp.sample(x, offset, mask, *geometry)
+    grads = deform_conv2d_cpp.sample_gradients(columns, x, offset, mask, *geometry, True)
+    return [columns, *grads, deform_conv2d_cpp.input_gradient(columns, x.shape[1:3], offset, mask, *geometry)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

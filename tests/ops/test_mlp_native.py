@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from florence_fast import native, ops
-from florence_fast.ops import _mlp_native
-from florence_fast.ops._mlp_native import ACTIVATIONS, bias_activation_bwd, bias_activation_fwd
+from florence_fast.ops.mlp import cpp as mlp_cpp
+from florence_fast.ops.mlp.cpp import ACTIVATIONS, bias_activation_bwd, bias_activation_fwd
 from tests.ops.test_mlp import NAMES
 from tests.ops.test_mlp_triton import Case, plainly, run
 
@@ -158,8 +158,8 @@ def test_any_shape(
 def test_inference_some_rows_at_a_time(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {n: x.detach() for n, x in Case((2, 16), 37).make(dtype, "cpu").items()}
     whole = ops.mlp(**tensors)
-    monkeypatch.setattr(_mlp_native, "CHUNK_BYTES", rows * 37 * whole.element_size())
-    monkeypatch.setattr(_mlp_native, "CHUNK_OVER_WEIGHT", 0)
+    monkeypatch.setattr(mlp_cpp, "CHUNK_BYTES", rows * 37 * whole.element_size())
+    monkeypatch.setattr(mlp_cpp, "CHUNK_OVER_WEIGHT", 0)
     torch.testing.assert_close(ops.mlp(**tensors), whole)
     exact = ops.mlp_reference(**{n: x.double() for n, x in tensors.items()})
     assert (ops.mlp(**tensors).double() - exact).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * exact.norm()
@@ -171,8 +171,8 @@ def test_the_backward_some_rows_at_a_time(rows: int, dtype: torch.dtype, monkeyp
     tensors = Case((2, 16), 37).make(dtype, "cpu")
     grad_out = grad_for(tensors)
     whole = run(ops.mlp, tensors, grad_out)
-    monkeypatch.setattr(_mlp_native, "BACKWARD_CHUNK_BYTES", rows * 37 * grad_out.element_size())
-    monkeypatch.setattr(_mlp_native, "CHUNK_OVER_WEIGHT", 0)
+    monkeypatch.setattr(mlp_cpp, "BACKWARD_CHUNK_BYTES", rows * 37 * grad_out.element_size())
+    monkeypatch.setattr(mlp_cpp, "CHUNK_OVER_WEIGHT", 0)
     for name, x in run(ops.mlp, tensors, grad_out).items():
         bound = (1e-6 if dtype == torch.float32 else 1e-2) * whole[name].double().norm()
         assert (x.double() - whole[name].double()).norm() <= bound, name
@@ -181,8 +181,8 @@ def test_the_backward_some_rows_at_a_time(rows: int, dtype: torch.dtype, monkeyp
 def test_chunks_are_even_and_long_beside_the_weights() -> None:
     """A few rows left over would cost as much as a chunk: every chunk packs the whole weights."""
     wide, narrow = torch.empty(1536, 384), torch.empty(384, 96)
-    assert _mlp_native._rows_of_chunk(1568, wide, wide.T, 8 << 20) == 1568
-    assert _mlp_native._rows_of_chunk(25088, narrow, narrow.T, 8 << 20) == -(-25088 // 5)
+    assert mlp_cpp._rows_of_chunk(1568, wide, wide.T, 8 << 20) == 1568
+    assert mlp_cpp._rows_of_chunk(25088, narrow, narrow.T, 8 << 20) == -(-25088 // 5)
 
 
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no-biases"])

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from florence_fast import native, ops
-from florence_fast.ops import _deform_conv2d_native, _l2_normalize_native, _layer_norm_native, _mlp_native
+from florence_fast.ops.deform_conv2d import cpp as deform_conv2d_cpp
+from florence_fast.ops.l2_normalize import cpp as l2_normalize_cpp
+from florence_fast.ops.layer_norm import cpp as layer_norm_cpp
+from florence_fast.ops.mlp import cpp as mlp_cpp
 
 LIMIT = 2**31
 GIGABYTES = 16  # that must be free; a test takes up to 12
@@ -78,12 +81,12 @@ def test_layer_norm() -> None:
     (x, grad), weight, bias, eps = inputs(), torch.randn(1000), torch.randn(1000), 1e-5
 
     def forward(x: Tensor) -> tuple[Tensor, ...]:
-        norm, _, mean, rstd = _layer_norm_native.layer_norm_fwd(x, None, None, weight, bias, eps, x.dtype, x.dtype)
+        norm, _, mean, rstd = layer_norm_cpp.layer_norm_fwd(x, None, None, weight, bias, eps, x.dtype, x.dtype)
         return norm, mean, rstd
 
     def backward(at: slice, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
         rows = (grad[at], None, x[at], None, weight, None, x.dtype, True, eps, mean[at], rstd[at])
-        _, dx, d_weights = _layer_norm_native.layer_norm_bwd(*rows)
+        _, dx, d_weights = layer_norm_cpp.layer_norm_bwd(*rows)
         return dx, d_weights
 
     norm, mean, rstd = forward(x)
@@ -100,21 +103,21 @@ def test_layer_norm() -> None:
 
 def test_l2_normalize() -> None:
     (x, grad), eps = inputs(), 1e-12
-    out, length = _l2_normalize_native.l2_normalize_fwd(x, eps, x.dtype)
+    out, length = l2_normalize_cpp.l2_normalize_fwd(x, eps, x.dtype)
     for at in rows_at_the_ends(*x.shape):
-        for got, wanted in zip((out, length), _l2_normalize_native.l2_normalize_fwd(x[at], eps, x.dtype), strict=True):
+        for got, wanted in zip((out, length), l2_normalize_cpp.l2_normalize_fwd(x[at], eps, x.dtype), strict=True):
             assert_equal(got[at], wanted, at)
     del out, got
-    dx = _l2_normalize_native.l2_normalize_bwd(grad, x, eps, length)
+    dx = l2_normalize_cpp.l2_normalize_bwd(grad, x, eps, length)
     for at in rows_at_the_ends(*x.shape):
-        assert_equal(dx[at], _l2_normalize_native.l2_normalize_bwd(grad[at], x[at], eps, length[at]), at)
+        assert_equal(dx[at], l2_normalize_cpp.l2_normalize_bwd(grad[at], x[at], eps, length[at]), at)
 
 
 def test_bias_activation() -> None:
     (hidden, grad), bias = inputs(), torch.randn(1000).bfloat16()
 
     def backward(at: slice) -> tuple[Tensor, Tensor]:
-        d_hidden, _, d_bias = _mlp_native.bias_activation_bwd(grad[at], hidden[at], bias, "gelu", False, True)
+        d_hidden, _, d_bias = mlp_cpp.bias_activation_bwd(grad[at], hidden[at], bias, "gelu", False, True)
         return d_hidden, d_bias
 
     places = rows_at_the_ends(*hidden.shape)
@@ -123,8 +126,8 @@ def test_bias_activation() -> None:
         assert_equal(d_hidden[at], backward(at)[0], at)
     del d_hidden
     assert_same_sum(d_bias, [backward(at)[1] for at in parts(len(hidden))])
-    wanted = [_mlp_native.bias_activation_fwd(hidden[at], bias, "gelu", False) for at in places]
-    _mlp_native.bias_activation_fwd(hidden, bias, "gelu", True)
+    wanted = [mlp_cpp.bias_activation_fwd(hidden[at], bias, "gelu", False) for at in places]
+    mlp_cpp.bias_activation_fwd(hidden, bias, "gelu", True)
     for at, rows in zip(places, wanted, strict=True):
         assert_equal(hidden[at], rows, at)
 
@@ -219,14 +222,14 @@ def test_columns_of_deform_conv2d() -> None:
     x = repeated(batch * places, channels).view(batch, side, side, channels)
     offset, mask = repeated(batch, 18, side, side, dtype=torch.float32), torch.rand(batch, 9, side, side)
     ends = [slice(0, 1), slice(batch - 1, batch)]
-    columns = _deform_conv2d_native.sample(x, offset, mask, *geometry)
+    columns = deform_conv2d_cpp.sample(x, offset, mask, *geometry)
     for at in ends:
-        assert_equal(columns[at], _deform_conv2d_native.sample(x[at], offset[at], mask[at], *geometry), at)
+        assert_equal(columns[at], deform_conv2d_cpp.sample(x[at], offset[at], mask[at], *geometry), at)
 
     def gradients(at: slice) -> tuple[Tensor, ...]:
         tensors = columns[at], x[at], offset[at], mask[at]
-        of_samples = _deform_conv2d_native.sample_gradients(*tensors, *geometry, False)[1:]
-        return *of_samples, _deform_conv2d_native.input_gradient(columns[at], (side, side), *tensors[2:], *geometry)
+        of_samples = deform_conv2d_cpp.sample_gradients(*tensors, *geometry, False)[1:]
+        return *of_samples, deform_conv2d_cpp.input_gradient(columns[at], (side, side), *tensors[2:], *geometry)
 
     for at in ends:
         for got, wanted in zip(gradients(slice(None)), gradients(at), strict=True):
@@ -238,10 +241,10 @@ def test_map_of_deform_conv2d() -> None:
     x = repeated(side, side, 2).unsqueeze(0)
     assert x.numel() > LIMIT
     offset = torch.zeros(1, 2, 2, 2)
-    columns = _deform_conv2d_native.sample(x, offset, None, *geometry)
+    columns = deform_conv2d_cpp.sample(x, offset, None, *geometry)
     assert_equal(columns.view(2, 2, 2), x[0, :: side - 1, :: side - 1], slice(None))
     corners = x[0, :: side - 1, :: side - 1].clone()
     del x
-    d_map = _deform_conv2d_native.input_gradient(columns, (side, side), offset, None, *geometry)
+    d_map = deform_conv2d_cpp.input_gradient(columns, (side, side), offset, None, *geometry)
     assert_equal(d_map[0, :: side - 1, :: side - 1], corners.float(), slice(None))
     assert d_map[0, -1, 1:-1].count_nonzero() == d_map[0, side // 2 :, 1:-1].count_nonzero() == 0

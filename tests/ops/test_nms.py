@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from florence_fast import native, ops
 from florence_fast.ops import _backend
-from florence_fast.ops.nms import _rounded_down, batched_nms, batched_nms_reference, nms, nms_reference
+from florence_fast.ops.nms.op import _rounded_down, batched_nms, batched_nms_reference, nms, nms_reference
 
 FIXTURE = json.loads(Path(__file__).with_name("torchvision.json").read_text(encoding="utf-8"))["nms"]
 OP = torch.ops.florence_fast.nms.default

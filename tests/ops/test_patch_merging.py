@@ -18,8 +18,9 @@ from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
 from florence_fast import native, ops
-from florence_fast.ops import _backend, _patch_merging_torch
+from florence_fast.ops import _backend
 from florence_fast.ops.patch_merging import patch_merging, patch_merging_reference
+from florence_fast.ops.patch_merging import torch as patch_merging_torch
 
 NAMES = ("x", "norm_weight", "norm_bias", "weight")
 FORWARD = torch.ops.florence_fast.patch_merging.default
@@ -85,7 +86,7 @@ def plain(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, *, 
 
     The norm's parameters are float32, so that its statistics are: a CPU takes them beside 16 bits.
     """
-    rows = _patch_merging_torch.gather(x)
+    rows = patch_merging_torch.gather(x)
     return F.linear(F.layer_norm(rows, rows.shape[-1:], norm_weight, norm_bias, eps), weight)
 
 
@@ -128,7 +129,7 @@ def test_torch_backend_equals_the_definition(shape: tuple[int, ...], monkeypatch
     grad_out = merged_like(tensors[0])
     expected = run(patch_merging_reference, tensors, grad_out)
     whole = run(patch_merging, tensors, grad_out)
-    monkeypatch.setattr(_patch_merging_torch, "SLICE_BYTES", 1)  # image by image
+    monkeypatch.setattr(patch_merging_torch, "SLICE_BYTES", 1)  # image by image
     sliced = run(patch_merging, tensors, grad_out)
     torch.testing.assert_close(whole, expected)
     torch.testing.assert_close(sliced, expected)

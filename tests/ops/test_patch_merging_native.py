@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from florence_fast import native, ops
-from florence_fast.ops import _patch_merging_native
+from florence_fast.ops.patch_merging import cpp as patch_merging_cpp
 from florence_fast.ops.patch_merging import patch_merging, patch_merging_reference
 from tests.ops.test_patch_merging import NAMES, SHAPES, make, merged_like, plain, run
 
@@ -87,8 +87,8 @@ def test_chunks_change_nothing(chunk: int, dtype: torch.dtype, monkeypatch: pyte
     tensors = make((3, 5, 7, 24), dtype)
     grad_out = merged_like(tensors[0])
     whole = run(patch_merging, tensors, grad_out)
-    monkeypatch.setattr(_patch_merging_native, "CHUNK_BYTES", chunk)
-    monkeypatch.setattr(_patch_merging_native, "BACKWARD_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(patch_merging_cpp, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(patch_merging_cpp, "BACKWARD_CHUNK_BYTES", chunk)
     for name, x in run(patch_merging, tensors, grad_out).items():
         assert (x - whole[name]).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * whole[name].norm(), name
 
@@ -108,7 +108,7 @@ def test_every_subset_of_gradients() -> None:
 def test_kernels_are_bit_equal_for_any_number_of_threads(dtype: torch.dtype, level: str) -> None:
     """The kernels' own part: what torch's products do to the order of their sums is torch's matter."""
     x, norm_weight, norm_bias, _ = make((3, 41, 43, 16), dtype)
-    rows = _patch_merging_native._Rows(x, 1 << 30)
+    rows = patch_merging_cpp._Rows(x, 1 << 30)
     grad, found = torch.randn(rows.count, 64).to(dtype), []
     for count in (1, 2, 3):
         torch.set_num_threads(count)

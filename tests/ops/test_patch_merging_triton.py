@@ -18,8 +18,8 @@ from torch import Tensor
 
 from florence_fast import ops
 from florence_fast.kernels import patch_merging as patch_merging_kernels
-from florence_fast.ops import _patch_merging_torch
 from florence_fast.ops.patch_merging import patch_merging, patch_merging_reference
+from florence_fast.ops.patch_merging import torch as patch_merging_torch
 from tests.ops.rounding import relative_error
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
@@ -75,7 +75,7 @@ def interpretable(dtype: torch.dtype, device: str) -> None:
 
 def plain(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor) -> Tensor:
     """Merge step by step in the dtype of ``x``, as one would write it in PyTorch."""
-    rows = _patch_merging_torch.gather(x.flatten(0, -4))
+    rows = patch_merging_torch.gather(x.flatten(0, -4))
     out = F.linear(F.layer_norm(rows, rows.shape[-1:], norm_weight.to(x), norm_bias.to(x)), weight)
     return out.unflatten(0, x.shape[:-3])
 

@@ -108,7 +108,7 @@ def test_no_product_runs_in_16_bits(dtype: torch.dtype) -> None:
             return func(*args, **(kwargs or {}))
 
     # Our ops run below the mode, so their insides are watched as functions.
-    mlp, patch_merging = (importlib.import_module(f"florence_fast.ops.{name}") for name in ("mlp", "patch_merging"))
+    mlp, patch_merging = (importlib.import_module(f"florence_fast.ops.{name}.op") for name in ("mlp", "patch_merging"))
     x, *others = _inputs("mlp", dtype)
     with Watch():
         out, hidden = mlp._forward(x, *others, "gelu", True, "torch")

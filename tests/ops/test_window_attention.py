@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.ops import _window_attention_torch
+from florence_fast.ops.window_attention import torch as window_attention_torch
 from tests.ops.rounding import relative_error
 
 HEADS, HEAD_DIM = 2, 3
@@ -152,7 +152,7 @@ def test_torch_backend_equals_reference(case: Case, poisoned_memory: None) -> No
 @cases
 @torch.no_grad()
 def test_inference_equals_reference(case: Case, by_sdpa: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_window_attention_torch, "_prefers_sdpa", lambda *_: by_sdpa)
+    monkeypatch.setattr(window_attention_torch, "_prefers_sdpa", lambda *_: by_sdpa)
     tensors, values = case.make()
     exact = ops.window_attention_reference(**tensors, **values)
     torch.testing.assert_close(ops.window_attention(**tensors, **values), exact, rtol=1e-11, atol=1e-12)
@@ -189,7 +189,7 @@ def test_slices_of_the_batch_join(name: str, monkeypatch: pytest.MonkeyPatch) ->
     grad_out = torch.randn_like(exact)
     exact_grads = gradients(ops.window_attention_reference, tensors, values, grad_out)
     bytes_per_image = 4 * HEADS * math.prod(CASES[name].window) ** 2 * 8
-    monkeypatch.setattr(_window_attention_torch, "SLICE_BYTES", 2 * bytes_per_image)
+    monkeypatch.setattr(window_attention_torch, "SLICE_BYTES", 2 * bytes_per_image)
     torch.testing.assert_close(ops.window_attention(**tensors, **values), exact, rtol=1e-11, atol=1e-12)
     for n, grad in gradients(ops.window_attention, tensors, values, grad_out).items():
         torch.testing.assert_close(grad, exact_grads[n], rtol=1e-10, atol=1e-11)

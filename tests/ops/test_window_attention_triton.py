@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from florence_fast import ops
-from florence_fast.ops import _window_attention_triton
 from florence_fast.ops._windows import blocked_pairs, crop, cut_map, merge, offset_index, partition
+from florence_fast.ops.window_attention import triton as window_attention_triton
 from tests.ops.rounding import relative_error
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
@@ -144,21 +144,21 @@ def test_as_exact_as_plain_pytorch(case: Case, dtype: torch.dtype, device: str, 
 
 @pytest.mark.parametrize("name", ["window-7-shifted", "window-7-ragged-filled", "window-12-ragged-filled"])
 def test_the_form_that_is_safe_on_hopper(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_window_attention_triton, "needs_safe_dots", lambda *_: True)
+    monkeypatch.setattr(window_attention_triton, "needs_safe_dots", lambda *_: True)
     check(CASES[name], torch.float32, device)
 
 
 def test_the_self_test_tells_right_from_wrong(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (torch.device(device), torch.float16, False, [7, 7], [3, 3], 32)
-    assert _window_attention_triton.fast_dots_are_right(*arguments)
-    right = _window_attention_triton.kernels.window_attention_bwd
+    assert window_attention_triton.fast_dots_are_right(*arguments)
+    right = window_attention_triton.kernels.window_attention_bwd
 
     def wrong(*args: Any, **kwargs: Any) -> tuple:
         dqkv, *rest = right(*args, **kwargs)
         return dqkv.roll(16, 1), *rest
 
-    monkeypatch.setattr(_window_attention_triton.kernels, "window_attention_bwd", wrong)
-    assert not _window_attention_triton.fast_dots_are_right(*arguments)
+    monkeypatch.setattr(window_attention_triton.kernels, "window_attention_bwd", wrong)
+    assert not window_attention_triton.fast_dots_are_right(*arguments)
 
 
 @given(

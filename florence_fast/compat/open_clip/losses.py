@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from florence_fast.errors import unknown
-from florence_fast.ops._contrastive_checks import check_features, check_scalar
 from florence_fast.ops.contrastive_loss import contrastive_loss
+from florence_fast.ops.logits.checks import check_features, check_scalar
 from florence_fast.ops.sigmoid_loss import sigmoid_loss, sigmoid_loss_of_rows
 from florence_fast.train import distributed
 from florence_fast.train.loss import ContrastiveLoss, _ring_backend

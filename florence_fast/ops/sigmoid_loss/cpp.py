@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops._by_label import ByLabel, unsorted
-from florence_fast.ops._logit_chunks_native import Chunk, Chunks, chunked_gradients
+from florence_fast.ops.logits.by_label import ByLabel, unsorted
+from florence_fast.ops.logits.cpp import Chunk, Chunks, chunked_gradients
 
 
 def sigmoid_loss_fwd(

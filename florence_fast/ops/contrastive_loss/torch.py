@@ -6,8 +6,8 @@ Letters: R rows (images) · N columns (texts) · D embedding dim · G gradient o
 import torch
 from torch import Tensor
 
-from florence_fast.ops._by_label import ByLabel, unsorted
-from florence_fast.ops._logit_chunks_torch import Chunk, Chunks, chunked_gradients
+from florence_fast.ops.logits.by_label import ByLabel, unsorted
+from florence_fast.ops.logits.torch import Chunk, Chunks, chunked_gradients
 
 NEAR = 30.0
 """So far from their middle may log-sum-exps be that the exponential of what lies between two of them is a float32, and

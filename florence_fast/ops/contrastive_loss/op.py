@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _contrastive_loss_native, _contrastive_loss_torch, _op
-from florence_fast.ops._contrastive_checks import (
+from florence_fast.ops import _backend, _op
+from florence_fast.ops.contrastive_loss import cpp
+from florence_fast.ops.contrastive_loss import torch as torch_backend
+from florence_fast.ops.logits.checks import (
     all_logits,
     check_features,
     check_labels,
@@ -288,10 +290,10 @@ def _example(device: str) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[s
 def _implementation(backend: str) -> ModuleType:
     """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
     if backend == "triton":
-        from florence_fast.ops import _contrastive_loss_triton
+        from florence_fast.ops.contrastive_loss import triton
 
-        return _contrastive_loss_triton
-    return _contrastive_loss_native if backend == "cpp" else _contrastive_loss_torch
+        return triton
+    return cpp if backend == "cpp" else torch_backend
 
 
 _contrastive_loss = _op.define(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from florence_fast.ops._by_label import ByLabel, unsorted
+from florence_fast.ops.logits.by_label import ByLabel, unsorted
 
 DEFAULT_CHUNK_SIZE = 4096
 _ROWS_COMPARED = 256

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from florence_fast.kernels import window_attention as kernels
 from florence_fast.kernels.targets import target_of
-from florence_fast.ops import _backend, _window_attention_torch
+from florence_fast.ops import _backend
+from florence_fast.ops.window_attention import torch as torch_backend
 
 HOPPER = 90
 MAX_TALL_TOKENS = 144
@@ -115,9 +116,9 @@ def fast_dots_are_right(
         grad_out, qkv, None, None, None, kept, [True, False, False, False], *values, tf32=tf32, safe_dots=False
     )[0]
     exact_qkv, exact_grad_out = qkv.float(), grad_out.float()
-    _, probs = _window_attention_torch.window_attention_fwd(exact_qkv, None, None, None, None, *values, True)
+    _, probs = torch_backend.window_attention_fwd(exact_qkv, None, None, None, None, *values, True)
     needs = [True, False, False, False, False]
-    exact = _window_attention_torch.window_attention_bwd(
+    exact = torch_backend.window_attention_bwd(
         exact_grad_out, exact_qkv, None, None, None, None, probs, needs, *values
     )[0]
     # Rounding leaves less than 0.01 in bfloat16; the fault leaves more than 0.5. NaN is not right either.

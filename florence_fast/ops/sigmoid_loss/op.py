@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops import _backend, _op, _sigmoid_loss_native, _sigmoid_loss_torch
-from florence_fast.ops._contrastive_checks import (
+from florence_fast.ops import _backend, _op
+from florence_fast.ops.logits.checks import (
     all_logits,
     check_features,
     check_labels,
@@ -22,6 +22,8 @@ from florence_fast.ops._contrastive_checks import (
     labels_of_both,
     reasons_against,
 )
+from florence_fast.ops.sigmoid_loss import cpp
+from florence_fast.ops.sigmoid_loss import torch as torch_backend
 
 
 def sigmoid_loss(
@@ -180,10 +182,10 @@ def _example(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _implementation(backend: str) -> ModuleType:
     """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
     if backend == "triton":
-        from florence_fast.ops import _sigmoid_loss_triton
+        from florence_fast.ops.sigmoid_loss import triton
 
-        return _sigmoid_loss_triton
-    return _sigmoid_loss_native if backend == "cpp" else _sigmoid_loss_torch
+        return triton
+    return cpp if backend == "cpp" else torch_backend
 
 
 _sigmoid_loss = _op.define(

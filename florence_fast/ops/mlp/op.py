@@ -16,8 +16,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from florence_fast import native
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _mlp_native, _mlp_torch, _op
+from florence_fast.ops import _backend, _op
 from florence_fast.ops._product import chunks, linear, matmul, matmul_over_rows, widened, widens
+from florence_fast.ops.mlp import cpp
+from florence_fast.ops.mlp import torch as torch_backend
 
 Sizes = tuple[int, ...]
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -168,7 +170,7 @@ def _forward(
     if widens(x):
         return _forward_widened(x, weight1, bias1, weight2, bias2, activation=activation, train=train, backend=backend)
     if backend == "cpp" and not train:
-        return _mlp_native.mlp_fwd(x, weight1, bias1, weight2, bias2, activation), x.new_empty(0)
+        return cpp.mlp_fwd(x, weight1, bias1, weight2, bias2, activation), x.new_empty(0)
     in_kernel = backend != "torch"
     hidden = linear(x.reshape(-1, x.shape[-1]), weight1, None if in_kernel else bias1)
     out = _implementation(backend).bias_activation_fwd(hidden, bias1 if in_kernel else None, activation, not train)
@@ -219,9 +221,7 @@ def _backward(
     implementation, inner_bias = _implementation(backend), None if backend == "torch" else bias1
     g, rows = grad_out.view(-1, weight2.shape[0]), x.reshape(-1, x.shape[-1])
     if backend == "cpp" and any(needs[:4]):
-        dx, d_weight1, d_bias1, d_weight2 = _mlp_native.mlp_bwd(
-            g, rows, weight1, bias1, weight2, hidden, needs[:4], activation
-        )
+        dx, d_weight1, d_bias1, d_weight2 = cpp.mlp_bwd(g, rows, weight1, bias1, weight2, hidden, needs[:4], activation)
         grads = (
             dx.view(x.shape) if needs_x else None,
             d_weight1,
@@ -294,8 +294,8 @@ def _implementation(backend: str) -> ModuleType:
 
         return kernels
     if backend == "cpp":
-        return _mlp_native
-    return _mlp_torch
+        return cpp
+    return torch_backend
 
 
 _mlp = _op.define("mlp", 5, _forward, _forward_fake, _backward, _backward_fake, _arguments)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops._by_label import ByLabel, unsorted
 from florence_fast.ops._product import linear
+from florence_fast.ops.logits.by_label import ByLabel, unsorted
 
 DEFAULT_CHUNK_SIZE = 2048
 

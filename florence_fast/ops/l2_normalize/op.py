@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _l2_normalize_native, _l2_normalize_torch, _op
-from florence_fast.ops.layer_norm import triton_row_reasons
+from florence_fast.ops import _backend, _op
+from florence_fast.ops.l2_normalize import cpp
+from florence_fast.ops.l2_normalize import torch as torch_backend
+from florence_fast.ops.layer_norm.op import triton_row_reasons
 
 
 def l2_normalize(x: Tensor, *, eps: float = 1e-12) -> Tensor:
@@ -139,7 +141,7 @@ def _implementation(backend: str) -> ModuleType:
         from florence_fast.kernels import l2_normalize as kernels
 
         return kernels
-    return _l2_normalize_native if backend == "cpp" else _l2_normalize_torch
+    return cpp if backend == "cpp" else torch_backend
 
 
 _l2_normalize, _l2_normalize_backward = _op.define_pair(

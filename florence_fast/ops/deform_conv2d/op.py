@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _deform_conv2d_native, _deform_conv2d_torch, _op
+from florence_fast.ops import _backend, _op
+from florence_fast.ops.deform_conv2d import cpp
+from florence_fast.ops.deform_conv2d import torch as torch_backend
 
 
 def deform_conv2d(
@@ -222,7 +224,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     tensors = (input, offset, mask, weight, bias)
     how = _implementation(backend, input)
-    return _deform_conv2d_torch.deform_conv2d_fwd(*how, *tensors, stride, padding, dilation), input.new_empty(0)
+    return torch_backend.deform_conv2d_fwd(*how, *tensors, stride, padding, dilation), input.new_empty(0)
 
 
 def _forward_fake(
@@ -247,7 +249,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (input, offset, mask, weight, bias)
     how = _implementation(backend, input)
-    grads = _deform_conv2d_torch.deform_conv2d_bwd(*how, grad_out, *tensors, needs, stride, padding, dilation)
+    grads = torch_backend.deform_conv2d_bwd(*how, grad_out, *tensors, needs, stride, padding, dilation)
     return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -270,8 +272,8 @@ def _implementation(backend: str, input: Tensor) -> tuple[ModuleType | type, tor
     if backend == "cpp":
         # Products of bfloat16 are worth it where the processor has them, and float16 is not where this runs.
         low = input.dtype == torch.bfloat16 and native.multiplies_bfloat16()
-        return _deform_conv2d_native, torch.bfloat16 if low else torch.float32
-    return _deform_conv2d_torch.LibrarySampler, torch.promote_types(input.dtype, torch.float32)
+        return cpp, torch.bfloat16 if low else torch.float32
+    return torch_backend.LibrarySampler, torch.promote_types(input.dtype, torch.float32)
 
 
 def _example(device: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:

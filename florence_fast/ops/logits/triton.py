@@ -10,7 +10,7 @@ from torch import Tensor
 
 from florence_fast.kernels import logit_tiles
 from florence_fast.kernels.targets import target_of
-from florence_fast.ops._by_label import ByLabel, unsorted
+from florence_fast.ops.logits.by_label import ByLabel, unsorted
 
 Span = tuple[int, int]
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_fast.ops import _backend, _op, _window_attention_partitioned_torch
+from florence_fast.ops import _backend, _op
+from florence_fast.ops.window_attention_partitioned import torch as torch_backend
 
 MAX_TRITON_TOKENS = 784
 MAX_TRITON_HEAD_DIM = 128
@@ -196,10 +197,10 @@ def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor
 def _implementation(backend: str) -> ModuleType:
     """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
     if backend == "triton":
-        from florence_fast.ops import _window_attention_partitioned_triton
+        from florence_fast.ops.window_attention_partitioned import triton
 
-        return _window_attention_partitioned_triton
-    return _window_attention_partitioned_torch
+        return triton
+    return torch_backend
 
 
 def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops._by_label import ByLabel, unsorted
-from florence_fast.ops._logit_chunks_torch import Chunk, Chunks, chunked_gradients
+from florence_fast.ops.logits.by_label import ByLabel, unsorted
+from florence_fast.ops.logits.torch import Chunk, Chunks, chunked_gradients
 
 
 def sigmoid_loss_fwd(

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from florence_fast import native
-from florence_fast.ops import _backend, _op, _patch_merging_native, _patch_merging_torch
+from florence_fast.ops import _backend, _op
+from florence_fast.ops.patch_merging import cpp
+from florence_fast.ops.patch_merging import torch as torch_backend
 
 CHANNELS_STEP = 16
 MAX_TRITON_CHANNELS = 2048
@@ -195,7 +197,7 @@ def _flops_backward(grad_out: tuple[int, ...], *args: Any, **kwargs: Any) -> int
 
 def _without_triton(backend: str) -> ModuleType:
     """Return the module of a backend whose arguments are the tensors and eps alone."""
-    return _patch_merging_native if backend == "cpp" else _patch_merging_torch
+    return cpp if backend == "cpp" else torch_backend
 
 
 def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:

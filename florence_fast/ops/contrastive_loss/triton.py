@@ -10,8 +10,8 @@ from torch import Tensor
 
 from florence_fast.kernels import contrastive_loss as kernels
 from florence_fast.ops import _backend
-from florence_fast.ops._by_label import ByLabel, unsorted
-from florence_fast.ops._logit_chunks_triton import Span, chunked_gradients
+from florence_fast.ops.logits.by_label import ByLabel, unsorted
+from florence_fast.ops.logits.triton import Span, chunked_gradients
 
 SCRATCH_BYTES = 128 << 20
 LN_2 = math.log(2)

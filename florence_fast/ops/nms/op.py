@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _nms_native, _op
+from florence_fast.ops import _backend, _op
 from florence_fast.ops.boxes import box_iou, check_boxes
+from florence_fast.ops.nms import cpp
 
 BLOCK = 128
 """How many boxes the ``torch`` backend settles at a time."""
@@ -145,7 +146,7 @@ def _kept_indices(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_thresh
 
         kept = nms_kept(ordered, end.int(), threshold)
     elif backend == "cpp":
-        kept = _nms_native.nms_kept(ordered, end, threshold)
+        kept = cpp.nms_kept(ordered, end, threshold)
     else:
         kept = _kept(ordered, end, threshold)
     return best_first[torch.empty_like(kept).index_copy_(0, by_class, kept)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from florence_fast import native
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _op, _window_attention_native, _window_attention_torch
+from florence_fast.ops import _backend, _op
 from florence_fast.ops._windows import (
     MAX_LOG_SCALE,
     blocked_pairs,
@@ -31,6 +31,8 @@ from florence_fast.ops._windows import (
     partition,
     window_and_grid,
 )
+from florence_fast.ops.window_attention import cpp
+from florence_fast.ops.window_attention import torch as torch_backend
 
 PAD_MODES = ("mask", "bias")
 
@@ -370,12 +372,12 @@ def _example(device: str) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
 def _implementation(backend: str) -> ModuleType:
     """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
     if backend == "triton":
-        from florence_fast.ops import _window_attention_triton
+        from florence_fast.ops.window_attention import triton
 
-        return _window_attention_triton
+        return triton
     if backend == "cpp":
-        return _window_attention_native
-    return _window_attention_torch
+        return cpp
+    return torch_backend
 
 
 _window_attention = _op.define("window_attention", 5, _forward, _forward_fake, _backward, _backward_fake, _arguments)

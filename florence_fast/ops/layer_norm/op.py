@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _layer_norm_native, _layer_norm_torch, _op
+from florence_fast.ops import _backend, _op
+from florence_fast.ops.layer_norm import cpp
+from florence_fast.ops.layer_norm import torch as torch_backend
 
 MAX_TRITON_CHANNELS = 8192
 
@@ -334,7 +336,7 @@ def _implementation(backend: str) -> ModuleType:
         from florence_fast.kernels import layer_norm as kernels
 
         return kernels
-    return _layer_norm_native if backend == "cpp" else _layer_norm_torch
+    return cpp if backend == "cpp" else torch_backend
 
 
 _layer_norm, _layer_norm_backward = _op.define_pair(
