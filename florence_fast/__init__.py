@@ -7,7 +7,7 @@ costs nothing and needs neither torch nor triton until something asks for them.
 import importlib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from florence_fast.on_import import after_import
 from florence_fast.version import __version__
@@ -48,7 +48,36 @@ _HOMES = {
     "backend": "ops",
 }
 
-__all__ = ["__version__", *_SUBMODULES, *_HOMES]
+__all__ = ["__version__", *_SUBMODULES, *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:  # the same table for editors and type checkers, which run no __getattr__; a test compares them
+    from florence_fast import data, evaluate, models, ops, train
+    from florence_fast.compat import accelerate, restore
+    from florence_fast.compat.open_clip import (
+        ClipLoss,
+        SigLipLoss,
+        add_model_config,
+        create_model,
+        create_model_and_transforms,
+        create_model_from_pretrained,
+        get_model_config,
+        get_tokenizer,
+        load_checkpoint,
+        patch_open_clip,
+        tokenize,
+        unpatch_open_clip,
+    )
+    from florence_fast.compat.timm_registry import register_with_timm
+    from florence_fast.compat.transformers_registry import register_with_transformers
+    from florence_fast.data import (
+        IMAGENET_CLASSNAMES,
+        OPENAI_IMAGENET_TEMPLATES,
+        SIMPLE_IMAGENET_TEMPLATES,
+        image_transform,
+    )
+    from florence_fast.evaluate import build_zero_shot_classifier
+    from florence_fast.models import Florence, list_models, list_pretrained, register_model_config
+    from florence_fast.ops import backend
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
+from typing import cast
 
 
 def whole(name: str, value: object, low: int = 1, high: int = 2**63 - 1) -> int:
@@ -24,7 +25,7 @@ def number(name: str, value: object, low: float = -math.inf, high: float = math.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
-    return _in_range(name, value, low, high)
+    return cast(float, _in_range(name, value, low, high))
 
 
 def positive(name: str, value: object, high: float = math.inf) -> float:
@@ -35,7 +36,7 @@ def positive(name: str, value: object, high: float = math.inf) -> float:
     """
     if number(name, value, high=high) <= 0:
         raise ValueError(f"{name} must be positive, got {_shown(value)}")
-    return value
+    return cast(float, value)
 
 
 def sequence(name: str, value: object) -> tuple:

@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import cast
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -41,7 +42,7 @@ def require_number(name: str, value: object, wanted: str, within: Callable[[floa
     ValueError: weight_decay must not be negative, got nan
     """
     number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not (number and within(value)):
+    if not (number and within(cast(float, value))):
         raise ValueError(f"{name} must {wanted}, got {value!r}")
 
 

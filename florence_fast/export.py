@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx.experimental._config as fx_config
@@ -64,21 +64,23 @@ class Exported:
         return "\n".join([*lines, f"parity with eager, {self.checked}" + (f": {errors}" if errors else "")])
 
 
-class _Image(nn.Module):
+class _Part(nn.Module):
     def __init__(self, model: Florence) -> None:
         super().__init__()
         self.model = model
 
+
+class _Image(_Part):
     def forward(self, image: Tensor) -> Tensor:
         return self.model.encode_image(image, normalize=True)
 
 
-class _Text(_Image):
+class _Text(_Part):
     def forward(self, text: Tensor) -> Tensor:
         return self.model.encode_text(text, normalize=True)
 
 
-class _Both(_Image):
+class _Both(_Part):
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         factor = self.model.logit_factor()
         return self.model.encode_image(image, normalize=True), self.model.encode_text(text, normalize=True), factor * 1
@@ -154,7 +156,7 @@ def export(
             for file in sorted(Path(folder).iterdir()):
                 os.replace(file, path.parent / file.name)
     batch = "batch" if dynamic else batch_size
-    inputs = {name: (batch, *size) for name, size in plan.sizes.items()}
+    inputs: dict[str, tuple[int | str, ...]] = {name: (batch, *size) for name, size in plan.sizes.items()}
     if dynamic_size:
         inputs["image"] = (batch, plan.sizes["image"][0], *_AXES.values())
     return Exported(path, format, inputs, plan.outputs, errors, checked)
@@ -182,7 +184,7 @@ def _check(model: nn.Module, path: Path, format: str, part: str | None, dynamic:
 def _plan(model: Florence | ImageTower, part: str, image_size: int | None) -> _Plan:
     tower = model.visual if isinstance(model, Florence) else model
     side = image_size or tower.config.img_size
-    sizes = {"image": (tower.config.in_chans, side, side)}
+    sizes: dict[str, tuple[int, ...]] = {"image": (tower.config.in_chans, side, side)}
     device = next(model.parameters()).device
     if isinstance(model, ImageTower):
         return _Plan(model, sizes, ("logits" if model.config.num_classes else "features",), 0, device)
@@ -231,7 +233,7 @@ def _trace(plan: _Plan, shapes: Any, batch: int, dynamic_size: bool) -> torch.ex
     # not square, since sides of one size might be taken for the same side
     drawn = plan.draw(batch, (side + 12, side + 28) if dynamic_size else None)
     # otherwise PyTorch would guard against maps of one token at each step, hundreds of times
-    oblivious = fx_config.patch(backed_size_oblivious=dynamic_size)
+    oblivious = cast(Any, fx_config).patch(backed_size_oblivious=dynamic_size)
     with ops.backend("reference"), oblivious:
         program = torch.export.export(plan.module.eval(), drawn, dynamic_shapes=shapes)
     ours = sorted({str(node.target) for node in program.graph.nodes if "florence_fast" in str(node.target)})

@@ -95,7 +95,7 @@ def _mode_of_a_new_file(folder: Path) -> int:
         probe.unlink()
 
 
-def _errno_behind(error: BaseException, outer: BaseException | None, beside: Path | None) -> int | None:
+def _errno_behind(error: BaseException | None, outer: BaseException | None, beside: Path | None) -> int | None:
     """Find the operating system's error that made a writer fail; None where there was none, or it names another file.
 
     torch raises its own error while it handles ours, safetensors writes the number into its message. ``outer`` was

@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from itertools import dropwhile
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 _waiting: dict[str, Callable[[], object]] = {}
 
@@ -65,7 +65,7 @@ class _Finder(MetaPathFinder):
                 continue
             # a folder without __init__.py, which has no loader that runs anything, is not the library
             if hasattr(spec.loader, "exec_module"):
-                spec.loader = _Loader(spec.loader)
+                spec.loader = cast(Loader, _Loader(spec.loader))
             return spec
         return None
 
@@ -81,10 +81,10 @@ class _Loader:
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the module, which keeps no trace of this class: sources and resources are asked of its own loader."""
-        name = module.__spec__.name
-        module.__spec__.loader = module.__loader__ = self.loader
+        spec = cast(ModuleSpec, module.__spec__)
+        spec.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _call(name)
+        _call(spec.name)
 
 
 _FINDER = _Finder()

@@ -22,7 +22,8 @@ PREFIX = "ff."
 DOMAIN = "florence_fast"
 """The NVTX domain, where the ``nvtx`` package makes the ranges."""
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Nvtx(NamedTuple):

@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from florence_fast.models import create_model
 from florence_fast.models.config import FlorenceConfig
+from florence_fast.models.registry import ModelConfig
 from florence_fast.ops import contrastive_loss
 from florence_fast.precision import autocast, input_dtype, resolve_precision
 
@@ -38,21 +39,22 @@ def compilations() -> Iterator[list[Compiled]]:
     """
     import triton
 
-    if not hasattr(triton, "knobs"):
+    knobs = getattr(triton, "knobs", None)
+    if knobs is None:
         raise RuntimeError(f"Triton {triton.__version__} does not say what it compiles: 3.4 or newer is needed")
     found: list[Compiled] = []
-    earlier = triton.knobs.compilation.listener
+    earlier = knobs.compilation.listener
 
     def listen(*, src: Any, times: Any, cache_hit: bool, **rest: Any) -> None:
         found.append(Compiled(src.name, times.total / 1e6, cache_hit))
         if earlier is not None:
             earlier(src=src, times=times, cache_hit=cache_hit, **rest)
 
-    triton.knobs.compilation.listener = listen
+    knobs.compilation.listener = listen
     try:
         yield found
     finally:
-        triton.knobs.compilation.listener = earlier
+        knobs.compilation.listener = earlier
 
 
 def warm_up(
@@ -102,9 +104,9 @@ def _seconds(net: nn.Module, batch_size: int, precision: str, train: bool) -> fl
     with torch.set_grad_enabled(train), autocast(precision, parameter.device):
         out = net(*inputs)
         if train:
-            loss = contrastive_loss(*out) if isinstance(net.config, FlorenceConfig) else out.float().sum()
+            out = contrastive_loss(*out) if isinstance(net.config, FlorenceConfig) else out.float().sum()
     if train:
-        loss.backward()
+        out.backward()
         net.zero_grad(set_to_none=True)
     if parameter.is_cuda:
         torch.cuda.synchronize(parameter.device)
@@ -114,12 +116,12 @@ def _seconds(net: nn.Module, batch_size: int, precision: str, train: bool) -> fl
 def _inputs(net: nn.Module, batch_size: int) -> tuple[Tensor, ...]:
     """Draw pictures (B, 3, S, S) and, for a dual encoder, (B, L) ids of which the last is the end of the text."""
     parameter = next(net.parameters())
-    both = isinstance(net.config, FlorenceConfig)
-    side = (net.config.image if both else net.config).img_size
+    config = cast(ModelConfig, net.config)
+    side = (config.image if isinstance(config, FlorenceConfig) else config).img_size
     images = torch.randn(batch_size, 3, side, side, device=parameter.device, dtype=input_dtype(net))
-    if not both:
+    if not isinstance(config, FlorenceConfig):
         return (images,)
-    vocab_size = net.config.text.vocab_size
-    tokens = torch.randint(1, vocab_size - 1, (batch_size, net.context_length), device=parameter.device)
+    vocab_size, length = config.text.vocab_size, config.text.context_length
+    tokens = torch.randint(1, vocab_size - 1, (batch_size, length), device=parameter.device)
     tokens[:, -1] = vocab_size - 1
     return images, tokens

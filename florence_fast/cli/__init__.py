@@ -6,6 +6,7 @@ prints the traceback before it. Modules that need torch are imported by the
 commands that use them, so ``--help`` answers at once.
 """
 
+import io
 import os
 import signal
 import sys
@@ -141,16 +142,17 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _let_every_name_be_shown() -> None:
     """Escape what a terminal's encoding lacks: a name that it cannot show must not end a command after its work."""
     for stream in (sys.stdout, sys.stderr):
-        if getattr(stream, "errors", None) == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 
 def _let_go_of_closed_streams() -> None:
     """Send what nobody can read any more to nowhere, or Python would fail with it when it ends."""
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
         try:
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())

@@ -22,10 +22,10 @@ def explain(error: Exception, name: str) -> tuple[str, int] | None:
         error: what a command raised.
         name: of the program.
     """
-    if hasattr(error, "format_message"):  # of the option parser
+    if (format_message := getattr(error, "format_message", None)) is not None:  # of the option parser
         context = getattr(error, "ctx", None)
         path = context.command_path if context else name
-        return f"{_line(error.format_message())} (see '{path} --help')", error.exit_code
+        return f"{_line(format_message())} (see '{path} --help')", getattr(error, "exit_code", 2)
     if isinstance(error, WrongUsage):
         return _line(error), 2
     if _is_out_of_memory(error):

@@ -218,6 +218,7 @@ def _folder_of_its_own(folder: Path) -> Path:
         with suppress(FileExistsError):
             own.mkdir()
             return own
+    raise AssertionError("counting does not end")
 
 
 def _run_folder(logs: Path, name: str | None, model: str, resume: str | None) -> Path:

@@ -209,5 +209,5 @@ def _gradients(count: int, size: int, generator: torch.Generator) -> Tensor:
     linear = (rows * angle.sin() + columns * angle.cos()) / 2.8 + 0.5
     radial = (rows - place[:, 0]).hypot(columns - place[:, 1]) / 2.8
     share = torch.where(torch.rand(count, 1, 1, generator=generator) < 0.5, linear, radial)[:, None]
-    ends = torch.rand(2, count, 3, 1, 1, generator=generator)
-    return torch.lerp(*ends, share)
+    start, end = torch.rand(2, count, 3, 1, 1, generator=generator)
+    return torch.lerp(start, end, share)

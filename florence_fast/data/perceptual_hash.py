@@ -9,7 +9,7 @@ Letters: B pictures · H W height and width.
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from PIL import Image
@@ -137,7 +137,8 @@ def _hash(
     single = isinstance(pictures, Image.Image) or (isinstance(pictures, np.ndarray) and pictures.ndim < 4)
     if not isinstance(pictures, Image.Image | np.ndarray | Iterable):
         raise TypeError(f"pictures must be arrays or PIL images, got {type(pictures).__name__}")
-    remaining = _readable([pictures] if single else pictures, single, skip_bad)
+    listed = [pictures] if single else pictures
+    remaining = _readable(cast("Iterable[Picture]", listed), single, skip_bad)
     hashes, indices = [np.empty(0, np.uint64)], []
     while chunk := list(islice(remaining, CHUNK)):
         numbers, images = zip(*chunk, strict=True)
@@ -175,9 +176,9 @@ def _pixels(picture: Picture) -> np.ndarray:
     if isinstance(picture, Image.Image):
         picture.load()
         # Copies differ in whether their pixels were turned or only their EXIF data says so.
-        picture = oriented(picture)
-        plain = picture.mode in ("L", "RGB") and "transparency" not in picture.info
-        picture = np.asarray(picture if plain else to_rgb(picture))
+        upright = oriented(picture)
+        plain = upright.mode in ("L", "RGB") and "transparency" not in upright.info
+        picture = np.asarray(upright if plain else to_rgb(upright))
     if not isinstance(picture, np.ndarray):
         raise TypeError(f"a picture must be an array or a PIL image, got {type(picture).__name__}")
     if picture.dtype != np.uint8 or not (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] == 3)):

@@ -50,11 +50,16 @@ def epoch_order(seed: int, epoch: int, size: int, text_ids: np.ndarray | None = 
 
     Returns:
         int64 (N,), a permutation of 0 .. N-1.
+
+    Raises:
+        ValueError: ``per_text`` > 1 without ``text_ids``.
     """
     everything = np.arange(size)
     shuffled = random_bits(seed, ORDER, epoch, everything)
     if per_text == 1:
         return np.argsort(shuffled, kind="stable")
+    if text_ids is None:
+        raise ValueError(f"text_ids are needed with per_text={per_text}, got None")
     by_text = np.lexsort((shuffled, text_ids))
     first_of_text = np.flatnonzero(np.diff(text_ids[by_text], prepend=-1))
     rank_in_text = everything - np.repeat(first_of_text, np.diff(first_of_text, append=size))

@@ -127,14 +127,14 @@ def _filled(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 def _row(number: int, picture: object, text: object, short_name: object = None, keywords: object = None) -> Row:
     """Check the fields of one pair."""
     try:
-        picture = clean_text(picture, "path of a picture")
+        path = clean_text(picture, "path of a picture")
         words = pair_text(text, short_name, keywords)
     except ValueError as error:
         return Row(number, fault=str(error))
-    for name, value in (("path of a picture", picture), ("text", words.text)):
+    for name, value in (("path of a picture", path), ("text", words.text)):
         if "\ufffd" in value:
             return Row(number, fault=f"the {name} is not UTF-8")
-    return Row(number, picture, words)
+    return Row(number, path, words)
 
 
 def _json_row(number: int, line: str, img_key: str, caption_key: str) -> Row:

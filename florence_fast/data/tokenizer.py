@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def _byte_symbols() -> dict[int, str]:
 def _load() -> _BytePairTokenizer:
     """Build the tokenizer: 256 byte symbols, the same ending a word, 48,894 merges and two special tokens."""
     with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as lines:
-        merges = [tuple(line.split()) for line in lines]
+        merges = [cast("tuple[str, str]", tuple(line.split())) for line in lines]
     symbols = list(_byte_symbols().values())
     tokens = symbols + [symbol + "</w>" for symbol in symbols] + ["".join(merge) for merge in merges] + [START, END]
     vocabulary = {token: number for number, token in enumerate(tokens)}
@@ -133,7 +134,8 @@ class Tokenizer:
         """
         ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else [int(token) for token in tokens]
         if any(isinstance(i, list) for i in ids):
-            raise ValueError(f"tokens must be one row of ids, got shape {tuple(tokens.shape)}; decode row by row")
+            shape = tuple(cast(torch.Tensor, tokens).shape)
+            raise ValueError(f"tokens must be one row of ids, got shape {shape}; decode row by row")
         if self.eot_token_id in ids:
             ids = ids[: ids.index(self.eot_token_id)]
         byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
@@ -165,6 +167,6 @@ class Tokenizer:
         end = 0
         for found in _SPECIALS.finditer(text):
             ids += _load().encode(text[end : found.start()], add_special_tokens=False).ids
-            ids += [_load().token_to_id(token) for token in re.findall("<.*?>", found.group())]
+            ids += [cast(int, _load().token_to_id(token)) for token in re.findall("<.*?>", found.group())]
             end = found.end()
         return ids + _load().encode(text[end:], add_special_tokens=False).ids

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ def image_transform(
         resize_mode=resize_mode or "shortest",
         interpolation=interpolation or "bicubic",
         fill_color=fill_color,
-        **{key: tuple(values) for key, values in (aug_cfg or {}).items()},
+        **{key: cast("tuple[float, float]", tuple(values)) for key, values in (aug_cfg or {}).items()},
     )
 
 

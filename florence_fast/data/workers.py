@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
 
 import torch
 
@@ -105,7 +106,7 @@ class Workers:
 _METHOD = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
 
 
-class _Process(_METHOD.Process):
+class _Process(_METHOD.Process):  # pyright: ignore[reportAttributeAccessIssue]
     """A worker ignores SIGTERM, by which the pool ends the others when one has died: it would wait for ever."""
 
     def terminate(self) -> None:
@@ -120,7 +121,7 @@ class _Context(type(_METHOD)):
 class _Progress:
     """What each worker is doing, in memory that all of them share: its process, its sample (or -1), samples done."""
 
-    def __init__(self, context: multiprocessing.context.BaseContext, num_workers: int) -> None:
+    def __init__(self, context: BaseContext, num_workers: int) -> None:
         self._started = context.Value("q", 0)
         self._process_ids, self._current, self._done = (context.RawArray("q", num_workers) for _ in range(3))
         self._row = -1

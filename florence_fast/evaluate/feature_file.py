@@ -9,14 +9,15 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from florence_fast.files import replacing
+from florence_fast.models.florence import Florence
 from florence_fast.strict_json import format_json, parse_json
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def with_file(
         ValueError: ``file`` is something else, or damaged.
     """
     known = _read(file, key) if file.exists() else {}
-    rows = {number: known[stamp] for number, stamp in enumerate(wanted) if stamp in known}
+    rows = {number: known[stamp] for number, stamp in enumerate(wanted) if stamp is not None and stamp in known}
     missing = [number for number in range(len(wanted)) if number not in rows]
     log.info("%s: %d of %d images have their features there", file, len(rows), len(wanted))
     if missing:
@@ -71,13 +72,13 @@ def with_file(
         rows.update(zip(numbers, features, strict=True))
     order = sorted(rows)
     joined = torch.stack([rows[number] for number in order])
-    kept = [(wanted[number], row) for number, row in zip(order, joined, strict=True) if wanted[number] is not None]
+    kept = [(stamp, row) for number, row in zip(order, joined, strict=True) if (stamp := wanted[number]) is not None]
     if known.keys() != {stamp for stamp, _ in kept}:
         _write(file, key, [stamp for stamp, _ in kept], torch.stack([row for _, row in kept]))
     return order, joined
 
 
-def model_digest(model: nn.Module, precision: str) -> str:
+def model_digest(model: Florence, precision: str) -> str:
     """Return a digest of the weights and settings that decide a model's features."""
     digest = hashlib.blake2b(f"{_VERSION} {precision} {model.config}".encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
@@ -119,7 +120,7 @@ def _pairs(content: dict, features: Tensor) -> list[tuple[list, Tensor]]:
     return list(zip(content["images"], features, strict=True))
 
 
-def _checked(value: object, kind: type) -> object:
+def _checked(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{value!r} is no {kind.__name__}")
     return value

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from florence_fast.data.loader import JUDGED_AFTER, BadDataError
 from florence_fast.data.pairs import PairSource, Subset
 from florence_fast.data.transforms import image_transform
+from florence_fast.models.florence import Florence
 from florence_fast.precision import autocast, check_precision, input_dtype, resolve_precision, weights_dtype
 from florence_fast.printable import printable
 
@@ -43,7 +44,7 @@ class EncodedImages(NamedTuple):
 
 
 def encode_images(
-    model: nn.Module,
+    model: Florence,
     pictures: Pictures,
     transform: ImageTransform | None = None,
     *,
@@ -86,7 +87,7 @@ def encode_images(
 
 
 def encode_texts(
-    model: nn.Module,
+    model: Florence,
     tokenizer: Callable[[list[str]], Tensor],
     texts: Sequence[str],
     *,
@@ -122,7 +123,7 @@ def with_texts(source: PairSource, max_bad_share: float = 0.01) -> tuple[PairSou
     return Subset(source, [index for index, _ in kept]), [text for _, text in kept]
 
 
-def evaluation_transform(model: nn.Module, size: int | None = None) -> ImageTransform:
+def evaluation_transform(model: Florence, size: int | None = None) -> ImageTransform:
     """Return the transform that the model's configuration asks for, with its size unless another is given."""
     config = model.config
     size, mean, std = size or config.image.img_size, config.image_mean, config.image_std

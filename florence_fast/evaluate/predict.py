@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from florence_fast.evaluate.features import (
     ImageTransform,
@@ -12,11 +12,12 @@ from florence_fast.evaluate.features import (
     evaluating,
     evaluation_transform,
 )
+from florence_fast.models.florence import Florence
 from florence_fast.precision import input_dtype
 
 
 def probabilities(
-    model: nn.Module,
+    model: Florence,
     tokenizer: Callable[[list[str]], Tensor],
     image: Image.Image,
     texts: Sequence[str],

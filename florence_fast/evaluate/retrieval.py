@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from florence_fast.data.labels import text_label
 from florence_fast.data.pairs import PairSource
@@ -18,10 +18,11 @@ from florence_fast.evaluate.features import (
     with_texts,
 )
 from florence_fast.evaluate.ranking import ranks, recalls
+from florence_fast.models.florence import Florence
 
 
 def retrieval(
-    model: nn.Module,
+    model: Florence,
     tokenizer: Callable[[list[str]], Tensor],
     source: PairSource,
     *,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from florence_fast.data.folder_walk import files_below
 from florence_fast.data.left_out import LeftOut
@@ -18,6 +18,7 @@ from florence_fast.data.pairs import Subset
 from florence_fast.data.pictures import SUFFIXES, open_picture
 from florence_fast.evaluate import feature_file
 from florence_fast.evaluate.features import ImageTransform, encode_images, encode_texts
+from florence_fast.models.florence import Florence
 from florence_fast.printable import printable
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class PictureIndex:
 
 
 def index_pictures(
-    model: nn.Module,
+    model: Florence,
     pictures: PictureFolder | str | os.PathLike[str],
     *,
     transform: ImageTransform | None = None,
@@ -154,7 +155,7 @@ def index_pictures(
 
 
 def search(
-    model: nn.Module,
+    model: Florence,
     tokenizer: Callable[[list[str]], Tensor],
     index: PictureIndex,
     query: str,

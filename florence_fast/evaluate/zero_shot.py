@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from florence_fast.data.labels import text_label
@@ -13,13 +13,14 @@ from florence_fast.data.prompts import fill
 from florence_fast.errors import did_you_mean
 from florence_fast.evaluate.features import ImageTransform, encode_images, evaluating, with_texts
 from florence_fast.evaluate.ranking import ranks, recalls
+from florence_fast.models.florence import Florence
 
 Template = str | Callable[[str], str]
 TEXTS_AT_ONCE = 256
 
 
 def build_zero_shot_classifier(
-    model: nn.Module,
+    model: Florence,
     tokenizer: Callable[[list[str]], Tensor],
     classnames: Sequence[str],
     templates: Sequence[Template],
@@ -63,7 +64,7 @@ def build_zero_shot_classifier(
 
 
 def zero_shot(
-    model: nn.Module,
+    model: Florence,
     tokenizer: Callable[[list[str]], Tensor],
     source: PairSource,
     classnames: Sequence[str],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from florence_fast.checks import number, positive, sequence, whole
 from florence_fast.data.resizing import INTERPOLATIONS, RESIZE_MODES
@@ -39,10 +39,10 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types, configurations inside this one included."""
-        return _plain(dataclasses.asdict(self))
+        return _plain(dataclasses.asdict(cast(Any, self)))
 
     @classmethod
-    def from_dict(cls: type[_C], values: dict[str, Any]) -> _C:
+    def from_dict(cls: type[_C], values: Mapping[str, Any]) -> _C:
         """Build the configuration from what `to_dict` gave.
 
         Raises:
@@ -50,7 +50,7 @@ class _Config:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"{cls.__name__} must be an object with named fields, got {type(values).__name__}")
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        fields = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
         for key in values:
             if key not in fields:
                 raise unknown(f"key of {cls.__name__}", key, fields)

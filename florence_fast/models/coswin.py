@@ -49,9 +49,9 @@ class ConvStem(ConvEmbed):
     def __init__(self, in_chans: int, width: int) -> None:
         super().__init__(in_chans, width, kernel=7, stride=4, padding=2, bias=True)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map an image (B, C, H, W) to (B, H/4, W/4, width)."""
-        return super().forward(image.permute(0, 2, 3, 1))
+        return super().forward(x.permute(0, 2, 3, 1))
 
 
 class CoSwin(ImageTower):

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from florence_fast.errors import did_you_mean
 from florence_fast.models.config import IMAGENET_MEAN, IMAGENET_STD, FlorenceConfig, ImageConfig
 from florence_fast.models.florence import Florence, build_tower
+from florence_fast.models.names import DualEncoderName, TowerName
 from florence_fast.models.pretrained import find_pretrained, fit_state
 from florence_fast.models.reading import PICKLED, WEIGHTS_NAME, Checkpoint, read_checkpoint
 from florence_fast.models.registry import ModelConfig, config_from_dict, get_model_config, list_models
@@ -62,6 +63,52 @@ def build_with(config: ModelConfig, checkpoint: Checkpoint, strict: bool = True)
     model = build_model(config)
     model.load_state_dict(matching, strict=False)
     return model
+
+
+@overload
+def create_model(
+    model_name: DualEncoderName,
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    *,
+    features_only: Literal[False] = False,
+    **options: Any,
+) -> Florence: ...
+
+
+@overload
+def create_model(
+    model_name: TowerName,
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    *,
+    features_only: Literal[False] = False,
+    **options: Any,
+) -> ImageTower: ...
+
+
+@overload
+def create_model(
+    model_name: str | os.PathLike[str],
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    *,
+    features_only: Literal[True],
+    **options: Any,
+) -> FeatureExtractor: ...
+
+
+@overload
+def create_model(
+    model_name: str | os.PathLike[str],
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> Any: ...
 
 
 def create_model(
@@ -218,7 +265,7 @@ def create_model_and_transforms(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     **kwargs: Any,
-) -> tuple[nn.Module, Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+) -> tuple[Any, Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     """Build a model and the two transforms that bring pictures to it.
 
     Returns:
@@ -235,7 +282,7 @@ def create_model_from_pretrained(
     device: str | torch.device = "cpu",
     return_transform: bool = True,
     **kwargs: Any,
-) -> nn.Module | tuple[nn.Module, Callable[[Any], Tensor]]:
+) -> Any:
     """Build a model with weights, and the transform for evaluation.
 
     Raises:
@@ -253,7 +300,7 @@ def transform_of(model: nn.Module, is_train: bool) -> Callable[[Any], Tensor]:
     """Return the transform from a PIL image to the (3, H, W) tensor that ``model`` was made for."""
     from florence_fast.data.transforms import image_transform
 
-    config = (model.tower if isinstance(model, FeatureExtractor) else model).config
+    config: ModelConfig = cast(Any, model.tower if isinstance(model, FeatureExtractor) else model).config
     if isinstance(config, FlorenceConfig):
         size, mean, std = config.image.img_size, config.image_mean, config.image_std
         return image_transform(size, is_train, mean, std, config.resize_mode, config.interpolation)

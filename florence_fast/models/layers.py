@@ -6,6 +6,8 @@ B batch · H W map height and width · C channels · h heads
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from florence_fast import ops
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 def add_branch(x: Tensor, branch: Tensor, drop_rate: float, training: bool) -> Tensor:
@@ -77,6 +81,11 @@ def layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
 def linear(module: nn.Linear, x: Tensor) -> Tensor:
     """Return ``module(x)``, by the faster product if the module is PyTorch's own."""
     return ops.linear(x, module.weight, module.bias) if is_plain(module) else module(x)
+
+
+def module_list(modules: Iterable[_M]) -> Sequence[_M]:
+    """Return an nn.ModuleList, typed by what it holds, which PyTorch's annotations leave out."""
+    return cast("Sequence[_M]", nn.ModuleList(modules))
 
 
 def drop_path_rates(depths: tuple[int, ...], rate: float) -> list[list[float]]:

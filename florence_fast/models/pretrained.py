@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ SHIPPED = Path(__file__).parent / "weights"
 
 def list_pretrained(as_str: bool = False) -> list[tuple[str, str]] | list[str]:
     """Return (model, tag) of the weights that come with the package; ``as_str`` gives ``"model:tag"``."""
-    pairs = [tuple(file.stem.rsplit("-", 1)) for file in sorted(SHIPPED.glob("*.safetensors"))]
+    pairs = [cast("tuple[str, str]", tuple(file.stem.rsplit("-", 1))) for file in sorted(SHIPPED.glob("*.safetensors"))]
     return [":".join(pair) for pair in pairs] if as_str else pairs
 
 
@@ -143,8 +143,12 @@ def _fit(model: nn.Module, own: State, state: State) -> State:
     if key in own and _has_shape(state.get(key), None, own[key].shape[1]):
         state[key] = state[key][: len(own[key])]
     head = state.get("head.weight")
-    is_head = isinstance(model, ImageTower) and _has_shape(head, None, model.num_features)
-    if is_head and len(head) != model.config.num_classes:
+    if (
+        isinstance(model, ImageTower)
+        and head is not None
+        and _has_shape(head, None, model.num_features)
+        and len(head) != model.config.num_classes
+    ):
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     return state
 

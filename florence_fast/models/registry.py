@@ -10,7 +10,7 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,7 +18,7 @@ from florence_fast.errors import unknown
 from florence_fast.models.config import FlorenceConfig, ImageConfig, TextConfig
 from florence_fast.text_files import read_json
 
-ModelConfig = FlorenceConfig | ImageConfig
+ModelConfig: TypeAlias = FlorenceConfig | ImageConfig
 
 _CONFIGS: dict[str, ModelConfig] = {}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from safetensors.torch import save_file
+from torch import nn
 
 from florence_fast.files import replacing, write_json
 from florence_fast.strict_json import format_json
@@ -76,7 +77,9 @@ class SavePretrained:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = self.config.to_dict()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in cast(nn.Module, self).state_dict().items()
+        }
         metadata = {"format": "pt", CONFIG_KEY: format_json(config)}
         with replacing(directory / WEIGHTS_NAME) as beside:
             save_file(tensors, beside, metadata=metadata)
@@ -100,7 +103,7 @@ class SavePretrained:
         """
         from huggingface_hub import ModelHubMixin
 
-        return ModelHubMixin.push_to_hub(_Folder(self), repo_id, **options)
+        return ModelHubMixin.push_to_hub(cast(Any, _Folder(self)), repo_id, **options)
 
     @classmethod
     def from_pretrained(cls: type[_M], path: str | os.PathLike[str], *, strict: bool = True) -> _M:

@@ -20,6 +20,7 @@ from florence_fast.models.layers import (
     is_plain,
     layer_norm,
     linear,
+    module_list,
     resize_bias_table,
 )
 from florence_fast.ops._windows import if_longer
@@ -105,7 +106,7 @@ class Stage(nn.Module):
 
     def __init__(self, blocks: list[SwinBlock], downsample: nn.Module | None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = module_list(blocks)
         self.downsample = downsample
         self.grad_checkpointing = False
 

@@ -7,6 +7,8 @@ B batch · N tokens · W width · h heads · d head dim
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +22,7 @@ from florence_fast.models.layers import (
     is_plain,
     layer_norm,
     linear,
+    module_list,
     quieten_branches,
 )
 from florence_fast.ops.linear import product
@@ -73,7 +76,7 @@ class TextBlock(nn.Module):
         activation = _ACTIVATIONS.get(tuple(map(type, parts)))
         if activation is None or not is_plain(*parts, kinds=(nn.Linear, nn.GELU, QuickGELU)):
             return self.mlp(x)
-        fc, gelu, proj = parts
+        fc, gelu, proj = cast("tuple[nn.Linear, nn.Module, nn.Linear]", parts)
         if getattr(gelu, "approximate", "none") != "none":
             return self.mlp(x)
         return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=activation)
@@ -101,7 +104,7 @@ class TextTower(nn.Module):
         if config.token_embed_dim:
             self.token_projection = nn.Linear(embed_dim, config.width, bias=False)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.resblocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
+        self.resblocks = module_list(TextBlock(config) for _ in range(config.layers))
         self.ln_final = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.grad_checkpointing = False
         self.reset_parameters()
@@ -113,7 +116,9 @@ class TextTower(nn.Module):
             if isinstance(module, CausalAttention):
                 nn.init.normal_(module.in_proj_weight, std=self.config.width**-0.5)
                 nn.init.zeros_(module.in_proj_bias)
-        quieten_branches([output for block in self.resblocks for output in (block.attn.out_proj, block.mlp.c_proj)])
+        quieten_branches(
+            [output for block in self.resblocks for output in (block.attn.out_proj, cast(nn.Linear, block.mlp.c_proj))]
+        )
         nn.init.normal_(self.token_embedding.weight, std=0.05 if self.config.token_embed_dim else 0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
 from florence_fast.models.config import ImageConfig
-from florence_fast.models.layers import drop_path_rates, init_weights, layer_norm, quieten_branches
+from florence_fast.models.layers import drop_path_rates, init_weights, layer_norm, module_list, quieten_branches
 from florence_fast.models.saving import SavePretrained
 from florence_fast.models.swin_block import Stage, SwinBlock, WindowAttention
 from florence_fast.ranges import annotate
@@ -32,7 +33,7 @@ class ImageTower(SavePretrained, nn.Module):
         self.num_features = config.num_features
         self.patch_embed = self.make_stem(config.in_chans, config.embed_dim)
         rates = drop_path_rates(config.depths, config.drop_path_rate)
-        self.layers = nn.ModuleList(self._make_stage(stage, rates[stage]) for stage in range(len(config.depths)))
+        self.layers = module_list(self._make_stage(stage, rates[stage]) for stage in range(len(config.depths)))
         self.norm = nn.LayerNorm(config.num_features)
         self.head: nn.Module = nn.Identity()
         if config.num_classes:
@@ -99,6 +100,10 @@ class ImageTower(SavePretrained, nn.Module):
         """
         return self.forward_head(self.forward_features(image))
 
+    @property
+    def _stem_weight(self) -> Tensor:
+        return cast(nn.Conv2d, self.patch_embed.proj).weight
+
     def _stem(self, image: Tensor) -> Tensor:
         if image.ndim != 4 or image.shape[1] != self.config.in_chans:
             raise ValueError(f"image must have shape (B, {self.config.in_chans}, H, W), got {tuple(image.shape)}")
@@ -107,7 +112,7 @@ class ImageTower(SavePretrained, nn.Module):
         if not image.is_floating_point():
             raise TypeError(f"image must hold normalised floating-point numbers, got {image.dtype}")
         with annotate("image.stem"):
-            return self.patch_embed(image.to(self.patch_embed.proj.weight.dtype))
+            return self.patch_embed(image.to(self._stem_weight.dtype))
 
     def forward_intermediates(
         self,
@@ -135,7 +140,7 @@ class ImageTower(SavePretrained, nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         last = len(self.layers) - 1
-        x, maps = self._stem(image), []
+        x, maps, index = self._stem(image), [], 0
         for index, stage in enumerate(self.layers):
             with annotate("image.stage", index):
                 x = stage(x)
@@ -187,7 +192,7 @@ class ImageTower(SavePretrained, nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a new one of ``num_classes``; 0 removes it."""
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
-        reference = self.patch_embed.proj.weight
+        reference = self._stem_weight
         self.head = nn.Identity()
         if num_classes:
             self.head = nn.Linear(self.num_features, num_classes, device=reference.device, dtype=reference.dtype)
@@ -255,14 +260,16 @@ class FeatureExtractor(nn.Module):
         self.feature_info = tower.feature_info.select(self.out_indices)
         tower.layers = tower.layers[: self.out_indices[-1] + 1]
         tower.layers[-1].downsample = None
-        tower.norm, tower.head = nn.Identity(), nn.Identity()
+        tower.register_module("norm", nn.Identity())
+        tower.head = nn.Identity()
         self.tower = tower
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Map an image (B, C, H, W) to one map a chosen stage, (B, C_i, H_i, W_i), or channels-last."""
-        return self.tower.forward_intermediates(
+        maps = self.tower.forward_intermediates(
             image, self.out_indices, stop_early=True, output_fmt=self.output_fmt, intermediates_only=True
         )
+        return cast("list[Tensor]", maps)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As `ImageTower.set_grad_checkpointing`."""

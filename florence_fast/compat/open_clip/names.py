@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from florence_fast.compat.accelerate import accelerate
 from florence_fast.data.tokenizer import Tokenizer
 from florence_fast.errors import require
 from florence_fast.models.factory import LOCAL_DIR, local_path
+from florence_fast.models.names import DualEncoderName, TowerName
 from florence_fast.precision import weights_dtype
 from florence_fast.text_files import read_json
 
@@ -45,6 +46,57 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "pretrained_text_path": (None,),
     "weights_only": (True,),
 }
+
+
+@overload
+def create_model(
+    model_name: DualEncoderName,
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    *,
+    load_weights: bool = True,
+    features_only: Literal[False] = False,
+    **kwargs: Any,
+) -> models.Florence: ...
+
+
+@overload
+def create_model(
+    model_name: TowerName,
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    *,
+    load_weights: bool = True,
+    features_only: Literal[False] = False,
+    **kwargs: Any,
+) -> models.ImageTower: ...
+
+
+@overload
+def create_model(
+    model_name: DualEncoderName | TowerName,
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    *,
+    load_weights: bool = True,
+    features_only: Literal[True],
+    **kwargs: Any,
+) -> models.FeatureExtractor: ...
+
+
+@overload
+def create_model(
+    model_name: str | os.PathLike[str],
+    pretrained: str | os.PathLike[str] | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    *,
+    load_weights: bool = True,
+    **kwargs: Any,
+) -> Any: ...
 
 
 def create_model(
@@ -97,7 +149,7 @@ def create_model_and_transforms(
     *,
     load_weights: bool = True,
     **kwargs: Any,
-) -> tuple[nn.Module, Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+) -> tuple[Any, Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     """Build a model and the two transforms that bring pictures to it.
 
     Returns:
