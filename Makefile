@@ -13,7 +13,7 @@
 #   make bench       what a processor can show: losses, towers, gradient cache, start; the report drawn
 #   make bench-cpu   what the native CPU backend gains on this processor, beside its goals; about 13 minutes
 #   make report      pictures and tables of what was measured, from bench/results
-#   make lint        ruff, rules and format   make clean      forget the environment and every cache
+#   make lint        ruff, and basedpyright   make clean      forget the environment and every cache
 # PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX adds a package index to look for PyTorch in: its
 # wheels for CPUs, https://download.pytorch.org/whl/cpu, save gigabytes of CUDA on a machine without a GPU.
 
@@ -78,6 +78,7 @@ report: .venv/base
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

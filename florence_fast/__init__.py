@@ -51,7 +51,7 @@ _HOMES = {
 __all__ = ["__version__", *_SUBMODULES, *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:  # the same table for editors and type checkers, which run no __getattr__; a test compares them
-    from florence_fast import data, evaluate, models, ops, train
+    from florence_fast import data, evaluate, models, ops, tasks, train
     from florence_fast.compat import accelerate, restore
     from florence_fast.compat.open_clip import (
         ClipLoss,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from florence_fast import processor
 from florence_fast.errors import unknown
@@ -35,6 +35,8 @@ _ALIASES = {"amp_bfloat16": "amp_bf16"}
 _AUTOCAST = {"amp_bf16": "bfloat16", "amp": "float16"}
 _WEIGHTS = {"bf16": "bfloat16", "pure_bf16": "bfloat16", "fp16": "float16", "pure_fp16": "float16"}
 _TABLE = "relative_position_bias_table"
+
+_M = TypeVar("_M", bound="nn.Module")
 
 
 class Choice(NamedTuple):
@@ -151,7 +153,7 @@ def weights_dtype(precision: str) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def cast_weights(model: nn.Module, precision: str) -> nn.Module:
+def cast_weights(model: _M, precision: str) -> _M:
     """Bring weights, in place, to the dtype that a precision gives them.
 
     With "bf16" and "fp16" norms, tables of position biases and scalars (the temperature) are fp32, since what training

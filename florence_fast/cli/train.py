@@ -7,7 +7,7 @@ same. What is not given keeps the value that the file of ``--config``, or else t
 import itertools
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -82,7 +82,7 @@ class TaskGroup(TyperGroup):
         """Return the command of a task."""
         return self._load().get(cmd_name)
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self) -> MutableMapping[str, Any]:
         from florence_fast.tasks import TASKS
 
         for name, task in TASKS.items():

@@ -14,7 +14,8 @@ from florence_fast.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+
+    from florence_fast.models import Florence
 
 PRECISION_HELP = "auto (bf16 where the device is fast at it), fp32, amp_bf16, amp (fp16); of weights: bf16, fp16."
 REFUSALS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, ImportError)
@@ -102,7 +103,7 @@ def say(text: str) -> None:
 
 def load(
     model: str, pretrained: str | None, device: str | None, precision: str = "fp32", resize_mode: str | None = None
-) -> tuple["nn.Module", Any]:
+) -> tuple["Florence", Any]:
     """Create a dual encoder on its device, with its tokenizer; a name, tag or device that is not there is wrong usage.
 
     ``pretrained`` is what `weights_of` returns.
@@ -111,7 +112,7 @@ def load(
 
     with refusals_as_wrong_usage():
         tokenizer = ff.get_tokenizer(model)
-        options = {"image_resize_mode": resize_mode} if resize_mode else {}
+        options: dict[str, Any] = {"image_resize_mode": resize_mode} if resize_mode else {}
         net = ff.create_model(model, pretrained=pretrained, precision=precision, device=pick_device(device), **options)
         return net, tokenizer
 

@@ -26,6 +26,7 @@ from florence_fast.evaluate import retrieval, zero_shot
 from florence_fast.evaluate.features import encode_images
 from florence_fast.files import write_json
 from florence_fast.models import create_model, get_tokenizer
+from florence_fast.models.florence import Florence
 from florence_fast.precision import resolve_precision
 from florence_fast.provenance import provenance
 from florence_fast.strict_json import parse_json
@@ -140,7 +141,7 @@ def run(
     return results
 
 
-def measure(model: torch.nn.Module, tokenizer: Any, precision: str) -> dict[str, Any]:
+def measure(model: Florence, tokenizer: Any, precision: str) -> dict[str, Any]:
     """Measure a model on the unseen artist: "zero_shot", "retrieval" and "grounds"."""
     return {
         "zero_shot": zero_shot(model, tokenizer, artists_test(), artists_names(), precision=precision, progress=True),

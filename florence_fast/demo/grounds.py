@@ -5,17 +5,18 @@ Training draws none of these: its grounds are random colours, gradients, smooth 
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from florence_fast.data.artists import artists_test
 from florence_fast.data.grounds import opacity
 from florence_fast.data.pairs import PairSource, PairText, Subset
 from florence_fast.evaluate import zero_shot
 from florence_fast.evaluate.features import ImageTransform
+from florence_fast.models.florence import Florence
 
 NAMES = 40
 FRAME_WIDTH = 6
@@ -101,8 +102,8 @@ def forty_pictures() -> PairSource:
 
 
 def on_grounds(
-    model: nn.Module,
-    tokenizer: object,
+    model: Florence,
+    tokenizer: Any,
     *,
     transform: ImageTransform | None = None,
     precision: str = "fp32",

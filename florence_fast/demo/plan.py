@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from florence_fast.data.loader import Batch
 from florence_fast.demo.recipe import EVALUATIONS
 from florence_fast.files import write_json
+from florence_fast.models.florence import Florence
 from florence_fast.tasks.contrastive import ContrastiveConfig, ContrastiveTask
 from florence_fast.tasks.images import Augment
 from florence_fast.text_files import read_json
@@ -70,7 +71,7 @@ def make_plan(recipe: str, config: RunConfig, seconds: Mapping[int, float], minu
 
 
 def measure_speed(
-    model: nn.Module,
+    model: Florence,
     tokenizer: Callable[[list[str]], Tensor],
     texts: list[str],
     run: RunConfig,

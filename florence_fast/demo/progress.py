@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from florence_fast.data.artists import artists_names, artists_test
 from florence_fast.demo.plan import predict_seconds, say_minutes
 from florence_fast.evaluate import zero_shot
 from florence_fast.evaluate.features import evaluation_transform
+from florence_fast.models.florence import Florence
 from florence_fast.train.config import RunConfig
 from florence_fast.train.engine import Trainer
 
@@ -28,7 +29,7 @@ class Progress:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Florence,
         tokenizer: Callable[[list[str]], Tensor],
         config: RunConfig,
         speed: Mapping[int, float] | None,
@@ -39,13 +40,13 @@ class Progress:
     def __call__(self, trainer: Trainer, record: dict[str, Any]) -> dict[str, Any] | None:
         """Return what was measured, None where nothing was."""
         step, config = trainer.step, self.config
-        size = config.stage_at(step - 1)[1].image_size
+        size, every = config.stage_at(step - 1)[1].image_size, config.save_every_steps or config.total_steps
         if self.speed is not None:
             slower = record["batch_time"] / self.speed[size]
-            left = slower * predict_seconds(config, self.speed, config.save_every_steps, step)
+            left = slower * predict_seconds(config, self.speed, every, step)
             logger.info("%s on this machine from here on", say_minutes(left))
             self.speed = None
-        if step % config.save_every_steps and step < config.total_steps:
+        if step % every and step < config.total_steps:
             return None
         transform = evaluation_transform(self.model, size)
         found = zero_shot(

@@ -1,16 +1,17 @@
 """Two sheets of the unseen artist's pictures: what words find, and what pictures are read as."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import nn
 
 from florence_fast.data.artists import artists_test
 from florence_fast.data.labels import text_label
 from florence_fast.data.pairs import PairText
 from florence_fast.evaluate.features import EncodedImages, encode_texts
+from florence_fast.models.florence import Florence
 
 # Keywords of many pictures each: Unicode's lists say which pictures are right.
 QUERIES = ("heart", "clock", "boat", "moon", "flower", "arrow", "insect", "hand", "animal", "shoe")
@@ -20,7 +21,7 @@ RIGHT, WRONG, INK = "#0f766e", "#c2410c", "#222222"  # teal and orange differ fo
 MARKS = {RIGHT: "✓", WRONG: "✗"}
 
 
-def draw_queries(path: Path, model: nn.Module, tokenizer: object, encoded: EncodedImages) -> None:
+def draw_queries(path: Path, model: Florence, tokenizer: Any, encoded: EncodedImages) -> None:
     """Draw, for each of `QUERIES`, the first pictures found among the unseen artist's, down to the last right one.
 
     A picture is right when the query is its name, its short name or one of its keywords in Unicode's list.
@@ -45,7 +46,7 @@ def draw_queries(path: Path, model: nn.Module, tokenizer: object, encoded: Encod
 
 
 def draw_readings(
-    path: Path, model: nn.Module, tokenizer: object, encoded: EncodedImages, names: list[str], seed: int = 0
+    path: Path, model: Florence, tokenizer: Any, encoded: EncodedImages, names: list[str], seed: int = 0
 ) -> None:
     """Draw pictures of the unseen artist, chosen at random, with the five names that the model finds nearest."""
     test = artists_test()

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +11,7 @@ from florence_fast.demo.grounds import forty_pictures, on_grounds
 from florence_fast.evaluate import zero_shot
 from florence_fast.evaluate.features import encode_images, encode_texts
 from florence_fast.models import create_model, get_tokenizer
+from florence_fast.models.florence import Florence
 
 SHOWN = 8  # pictures whose answers are printed
 
@@ -35,7 +35,7 @@ def show_shipped(model_name: str, device: str, precision: str, console: Console)
     return {"zero_shot": found, "grounds": grounds}
 
 
-def answers_table(model: torch.nn.Module, tokenizer: Any, names: list[str]) -> Table:
+def answers_table(model: Florence, tokenizer: Any, names: list[str]) -> Table:
     """Set the names of a few pictures beside what the model reads them as."""
     test = forty_pictures()
     encoded = encode_images(model, test)

@@ -126,8 +126,8 @@ def with_texts(source: PairSource, max_bad_share: float = 0.01) -> tuple[PairSou
 def evaluation_transform(model: Florence, size: int | None = None) -> ImageTransform:
     """Return the transform that the model's configuration asks for, with its size unless another is given."""
     config = model.config
-    size, mean, std = size or config.image.img_size, config.image_mean, config.image_std
-    return image_transform(size, False, mean, std, config.resize_mode, config.interpolation)
+    mean, std = config.image_mean, config.image_std
+    return image_transform(size or config.image.img_size, False, mean, std, config.resize_mode, config.interpolation)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from torch import Tensor
 from florence_fast.data.folder_walk import files_below
 from florence_fast.data.left_out import LeftOut
 from florence_fast.data.loader import BadDataError
-from florence_fast.data.pairs import Subset
+from florence_fast.data.pairs import PairSource, Subset
 from florence_fast.data.pictures import SUFFIXES, open_picture
 from florence_fast.evaluate import feature_file
 from florence_fast.evaluate.features import ImageTransform, encode_images, encode_texts
@@ -128,7 +128,7 @@ def index_pictures(
         raise ValueError("an index in a file is made with the model's own transform: leave out transform or file")
 
     def encode(numbers: list[int]) -> tuple[list[int], Tensor]:
-        part = Subset(pictures, numbers)
+        part = Subset(cast(PairSource, pictures), numbers)
         try:
             found = encode_images(
                 model,

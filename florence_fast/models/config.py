@@ -50,7 +50,7 @@ class _Config:
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"{cls.__name__} must be an object with named fields, got {type(values).__name__}")
-        fields = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
+        fields = {field.name: field for field in _fields(cls)}
         for key in values:
             if key not in fields:
                 raise unknown(f"key of {cls.__name__}", key, fields)
@@ -59,6 +59,11 @@ class _Config:
                 raise ValueError(f"{cls.__name__} needs {name!r}, got only {sorted(map(str, values))}")
         nested = {"image": ImageConfig, "text": TextConfig} if cls is FlorenceConfig else {}
         return cls(**{k: nested[k].from_dict(v) if k in nested else _frozen(v) for k, v in values.items()})
+
+
+def _fields(config: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The fields of a subclass, all of which are dataclasses."""
+    return dataclasses.fields(config)
 
 
 def _plain(value: Any) -> Any:

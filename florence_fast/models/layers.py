@@ -43,7 +43,8 @@ def add_branch_and_norm(
         x = add_branch(x, branch, drop_rate, training)
         return x, norm(x)
     factors = _drop_path_factors(branch, drop_rate, training)
-    return ops.layer_norm(branch, norm.weight, norm.bias, eps=norm.eps, residual=x, residual_scale=factors)
+    both = ops.layer_norm(branch, norm.weight, norm.bias, eps=norm.eps, residual=x, residual_scale=factors)
+    return cast("tuple[Tensor, Tensor]", both)
 
 
 def _drop_path_factors(branch: Tensor, drop_rate: float, training: bool) -> Tensor | None:
@@ -75,7 +76,9 @@ def is_plain(*modules: nn.Module, kinds: tuple[type[nn.Module], ...] = _LEAVES) 
 
 def layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
     """Return ``module(x)``, by our op if the module is PyTorch's own."""
-    return ops.layer_norm(x, module.weight, module.bias, eps=module.eps) if is_plain(module) else module(x)
+    if not is_plain(module):
+        return module(x)
+    return cast(Tensor, ops.layer_norm(x, module.weight, module.bias, eps=module.eps))
 
 
 def linear(module: nn.Linear, x: Tensor) -> Tensor:

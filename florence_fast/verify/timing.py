@@ -1,6 +1,7 @@
 """The calls that are timed: forward, backward, or both, of one function on one set of tensors."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def call_in_mode(
     leaves = {name: x.detach().requires_grad_(mode != "forward") for name, x in tensors.items()}
 
     def grads_of(outs: tuple[Tensor, ...]) -> list[Tensor]:
-        return [grad.to(out.dtype) for grad, out in zip(each(grad_out), outs, strict=True)]
+        return [grad.to(out.dtype) for grad, out in zip(each(cast(Tensor, grad_out)), outs, strict=True)]
 
     def forward() -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():
