@@ -1,8 +1,6 @@
 """Types that are written beside the code that they describe: the public names, and the names of models."""
 
 import ast
-import subprocess
-import sys
 import typing
 from pathlib import Path
 
