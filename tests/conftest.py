@@ -100,3 +100,24 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Processes for tests of collectives, started at the first of them and stopped at the end."""
+    from tests.train.processes import Processes
+
+    started = Processes(tmp_path_factory.mktemp("processes"))
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Keep small runs on one thread: two that wait for a busy core take 20 times as long."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from florence_fast import ops, ranges
-from florence_fast.data.loader import PairLoader
+from florence_fast.data.pair_loader import PairLoader
 from florence_fast.data.pairs import open_pairs
 from florence_fast.models import tower as tower_module
 from florence_fast.models.florence import Florence, build_tower

@@ -1,4 +1,4 @@
-"""``florence-fast evaluate zero-shot | retrieval``: figures for a model on pictures with texts."""
+"""``florence-fast evaluate zero-shot | retrieval | classification``: figures for a model on images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from florence_fast.cli.usage import (
     ResizeMode,
     load,
     one_of,
+    pick_device,
     refusals_as_wrong_usage,
     settle_precision,
     weights_of,
@@ -27,7 +28,7 @@ from florence_fast.text_files import read_lines
 if TYPE_CHECKING:
     from florence_fast.data.pairs import PairSource
 
-commands = typer.Typer(no_args_is_help=False, help="Measure a model: zero-shot classification or retrieval.")
+commands = typer.Typer(no_args_is_help=False, help="Measure a model: zero-shot, retrieval, classification.")
 
 Data = Annotated[
     str,
@@ -118,6 +119,30 @@ def retrieval(
         net, tokenizer, source, template=template, batch_size=batch_size, precision=precision, progress=True
     )
     _report(out, "retrieval", data, model, pretrained, figures)
+
+
+@commands.command("classification")
+def classification(
+    data: Annotated[str, typer.Option("--data", help="Folder with one folder a class.")],
+    model: Annotated[str, typer.Option("--model", help="Folder of a run of `train classification`, or its weights.")],
+    out: Out = None,
+    batch_size: BatchSize = 64,
+    precision: Precision = "auto",
+    device: Device = None,
+) -> None:
+    """How often a fine-tuned model names the class: of all images, and as the mean of the classes."""
+    from florence_fast.data.class_folders import ClassFolders
+    from florence_fast.evaluate.classification import classification as measure
+    from florence_fast.models.classifier import load_classifier
+
+    check_out_file("--out", out)
+    with refusals_as_wrong_usage():
+        device = pick_device(device)
+        found = load_classifier(model, precision, device)
+        source = ClassFolders(data, found.classes)
+    precision = settle_precision(precision, device)
+    figures = measure(found.tower, source, found.transform(), batch_size=batch_size, precision=precision)
+    _report(out, "classification", data, model, None, figures)
 
 
 def _open(data: str, img_key: str, caption_key: str, separator: str | None) -> "PairSource":

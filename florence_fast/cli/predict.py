@@ -14,6 +14,7 @@ from florence_fast.cli.usage import (
     Pretrained,
     ResizeMode,
     load,
+    pick_device,
     refusals_as_wrong_usage,
     settle_precision,
     weights_of,
@@ -22,10 +23,19 @@ from florence_fast.console import console
 from florence_fast.files import write_json
 from florence_fast.printable import printable
 
+SHOWN = 5  # classes
+
 
 def command(
     image: Annotated[Path, typer.Option("--image", help="The picture.")],
-    texts: Annotated[list[str], typer.Option("--texts", metavar="TEXT...", help="The texts to choose from.")],
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--texts",
+            metavar="TEXT...",
+            help="The texts to choose from; a run of `train classification` as --model needs none.",
+        ),
+    ] = None,
     more_texts: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     template: Annotated[str, typer.Option("--template", help="What is asked; {} stands for the text.")] = "{}",
     model: Model = "florence_nano",
@@ -35,15 +45,18 @@ def command(
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """Say which of several texts describes a picture."""
+    """Say which of several texts, or which class, a picture shows."""
     from florence_fast.data.pictures import open_picture
     from florence_fast.data.prompts import fill
     from florence_fast.evaluate import probabilities
     from florence_fast.evaluate.features import device_of
 
     # The parser gives --texts one value only; those that follow it arrive as arguments.
-    texts = [*texts, *(more_texts or [])]
+    texts = [*(texts or []), *(more_texts or [])]
     check_out_file("--out", out)
+    if not texts:
+        _classify(image, model, out, precision, device)
+        return
     with refusals_as_wrong_usage():
         asked = [fill(template, text) for text in texts]
         picture = open_picture(image)
@@ -53,10 +66,35 @@ def command(
     answer = probabilities(net, tokenizer, picture, asked, precision=precision)
 
     ranked = sorted(zip(texts, answer, strict=True), key=lambda pair: -pair[1])
-    table = Table("text", "probability", title=printable(image), title_justify="left")
-    for text, probability in ranked:
-        table.add_row(printable(text), f"{probability:.1%}")
-    console().print(table)
+    _show(image, "text", ranked)
     if out is not None:
         answers = [{"text": text, "probability": probability} for text, probability in ranked]
         write_json(out, {"image": str(image), "model": model, "pretrained": pretrained, "answers": answers})
+
+
+def _classify(image: Path, model: str, out: Path | None, precision: str, device: str | None) -> None:
+    """Say which of its classes a classifier sees, the likeliest first."""
+    from florence_fast.data.pictures import open_picture
+    from florence_fast.evaluate.classification import class_probabilities
+    from florence_fast.models.classifier import load_classifier
+    from florence_fast.models.factory import local_path
+
+    with refusals_as_wrong_usage():
+        if local_path(model) is None:
+            raise ValueError(f"--texts is needed: the texts that {model} chooses from")
+        device = pick_device(device)
+        found, picture = load_classifier(model, precision, device), open_picture(image)
+    precision = settle_precision(precision, device)
+    answer = class_probabilities(found.tower, picture, found.transform(), precision=precision)
+    ranked = sorted(zip(found.classes, answer, strict=True), key=lambda pair: -pair[1])
+    _show(image, "class", ranked[:SHOWN])
+    if out is not None:
+        answers = [{"class": name, "probability": probability} for name, probability in ranked]
+        write_json(out, {"image": str(image), "model": model, "answers": answers})
+
+
+def _show(image: Path, what: str, ranked: list[tuple[str, float]]) -> None:
+    table = Table(what, "probability", title=printable(image), title_justify="left")
+    for text, probability in ranked:
+        table.add_row(printable(text), f"{probability:.1%}")
+    console().print(table)

@@ -3,8 +3,9 @@
 from florence_fast.data.artists import artists_names, artists_test, artists_train
 from florence_fast.data.augment import BatchAugment
 from florence_fast.data.labels import text_label, text_labels
-from florence_fast.data.loader import BadDataError, Batch, PairLoader
+from florence_fast.data.loader import BadDataError
 from florence_fast.data.near_duplicates import NearDuplicateIndex, near_duplicate_groups, near_duplicates
+from florence_fast.data.pair_loader import PairBatch, PairLoader
 from florence_fast.data.pairs import Concat, PairSource, PairText, Subset, open_pairs
 from florence_fast.data.perceptual_hash import dhash, phash
 from florence_fast.data.pictures import open_picture
@@ -24,10 +25,10 @@ __all__ = [
     "SIMPLE_IMAGENET_TEMPLATES",
     "TRAIN_TEMPLATES",
     "BadDataError",
-    "Batch",
     "BatchAugment",
     "Concat",
     "NearDuplicateIndex",
+    "PairBatch",
     "PairLoader",
     "PairSource",
     "PairText",

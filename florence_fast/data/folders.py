@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -39,7 +39,7 @@ class FolderPairs(PairSource):
     def __init__(self, folder: Path, max_pixels: int) -> None:
         self.folder, self.max_pixels = folder, max_pixels
         left_out = LeftOut()
-        self.pictures, self._captions = _sort_by_kind(files_below(folder, left_out), left_out)
+        self.pictures, self._captions = sort_by_kind(files_below(folder, left_out), left_out)
         if not self.pictures:
             held = f"; it holds {left_out}" if left_out else ""
             raise ValueError(f"{printable(folder)} holds no picture; known are {', '.join(sorted(SUFFIXES))}{held}")
@@ -79,14 +79,7 @@ class FolderPairs(PairSource):
         return path.parts[len(self.folder.parts)]
 
     def _refuse_what_is_no_class(self, classes: list[str]) -> None:
-        parts = [name for name in classes if _SPLIT.fullmatch(name)]
-        training = [name for name in parts if name.lower().startswith("train")]
-        others = [name for name in parts if name.lower().startswith(("val", "dev"))]
-        if (parts and len(parts) == len(classes)) or (training and others):
-            raise ValueError(
-                f"{printable(self.folder)} holds parts of a data set in place of classes: {', '.join(parts)}; give one "
-                f"of them: {printable(self.folder / [*training, *parts][0])}"
-            )
+        refuse_splits(self.folder, classes)
         unknown = [name for name in classes if is_wnid(name) and imagenet_name(name) is None]
         if unknown:
             raise ValueError(
@@ -107,7 +100,23 @@ class FolderPairs(PairSource):
             logger.warning("%s: files left out: %s", printable(self.folder), left_out)
 
 
-def _sort_by_kind(files: Iterable[Path], left_out: LeftOut) -> tuple[list[Path], dict[Path, Path]]:
+def refuse_splits(folder: Path, classes: Sequence[str]) -> None:
+    """Refuse class folders that are parts of a data set (train, val) instead.
+
+    Raises:
+        ValueError: the message names them.
+    """
+    parts = [name for name in classes if _SPLIT.fullmatch(name)]
+    training = [name for name in parts if name.lower().startswith("train")]
+    others = [name for name in parts if name.lower().startswith(("val", "dev"))]
+    if (parts and len(parts) == len(classes)) or (training and others):
+        raise ValueError(
+            f"{printable(folder)} holds parts of a data set in place of classes: {', '.join(parts)}; give one "
+            f"of them: {printable(folder / [*training, *parts][0])}"
+        )
+
+
+def sort_by_kind(files: Iterable[Path], left_out: LeftOut) -> tuple[list[Path], dict[Path, Path]]:
     """Part files into pictures and, by their path without suffix, texts; count the others."""
     pictures, captions = [], {}
     for path in files:

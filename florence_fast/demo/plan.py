@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from florence_fast.data.loader import Batch
+from florence_fast.data.pair_loader import PairBatch
 from florence_fast.demo.recipe import EVALUATIONS
 from florence_fast.files import write_json
 from florence_fast.models.florence import Florence
@@ -94,10 +94,11 @@ def measure_speed(
         numbers = torch.arange(run.batch_size)
         captions = [texts[int(number) % len(texts)] for number in numbers]
         images = torch.zeros(run.batch_size, 3, size, size, dtype=torch.uint8)
+        batch = PairBatch(images=images, texts=captions, labels=numbers, indices=numbers, skipped=0)
         times = []
         for _ in range(1 + TIMED_STEPS):
             start = time.perf_counter()
-            state.take_step(Batch(images, captions, numbers, numbers, 0), Stage(steps=1, image_size=size))
+            state.take_step(batch, Stage(steps=1, image_size=size))
             times.append(time.perf_counter() - start)
         seconds[size] = min(times[1:])
     return seconds

@@ -73,11 +73,11 @@ def encode_images(
     if len(pictures) == 0:
         raise ValueError("there must be at least one picture to encode, got an empty source")
     transform = transform or evaluation_transform(model)
-    images = _readable(pictures, lambda index: transform(pictures.image(index)), max_bad_share)
+    images = readable(pictures, lambda index: transform(pictures.image(index)), max_bad_share)
     bar = tqdm(images, desc="pictures", unit="img", total=len(pictures), disable=not progress)
     indices, features = [], []
     with evaluating(model, precision):
-        for batch in _batches(bar, batch_size):
+        for batch in in_batches(bar, batch_size):
             indices += [index for index, _ in batch]
             images_BCHW = torch.stack([image for _, image in batch]).to(device_of(model), input_dtype(model))
             features.append(_normalized(model.encode_image(images_BCHW)))
@@ -107,7 +107,7 @@ def encode_texts(
         raise ValueError("there must be at least one text to encode, got an empty list")
     features = []
     with evaluating(model, precision):
-        for batch in _batches(tqdm(texts, desc="texts", unit="text", disable=not progress), batch_size):
+        for batch in in_batches(tqdm(texts, desc="texts", unit="text", disable=not progress), batch_size):
             tokens_BL = tokenizer(batch).to(device_of(model))
             features.append(_normalized(model.encode_text(tokens_BL)))
     return torch.cat(features)
@@ -119,7 +119,7 @@ def with_texts(source: PairSource, max_bad_share: float = 0.01) -> tuple[PairSou
     Raises:
         BadDataError: More than ``max_bad_share`` of the texts cannot be read.
     """
-    kept = list(_readable(source, lambda index: source.texts(index).text, max_bad_share))
+    kept = list(readable(source, lambda index: source.texts(index).text, max_bad_share))
     return Subset(source, [index for index, _ in kept]), [text for _, text in kept]
 
 
@@ -147,7 +147,7 @@ def evaluating(model: nn.Module, precision: str = "auto") -> Iterator[None]:
         model.train(was_training)
 
 
-def _readable(source: Pictures, read: Callable[[int], Item], max_bad_share: float) -> Iterator[tuple[int, Item]]:
+def readable(source: Pictures, read: Callable[[int], Item], max_bad_share: float) -> Iterator[tuple[int, Item]]:
     """Yield (number, what was read) of each pair that can be read; name the others and stop when they are too many."""
     broken = []
     for index in range(len(source)):
@@ -170,7 +170,7 @@ def _readable(source: Pictures, read: Callable[[int], Item], max_bad_share: floa
             yield index, item
 
 
-def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Cut ``items`` into lists of ``size``; the last may be shorter."""
     items = iter(items)
     while batch := list(islice(items, size)):

@@ -10,7 +10,7 @@ import errno
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Checkpoint:
     path: Path
     state: State
     config: dict[str, Any] | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the header of a safetensors file says."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -44,7 +46,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     found = read_tensors(path)
     try:
-        return Checkpoint(found.path, to_our_layout(found.state), found.config)
+        return replace(found, state=to_our_layout(found.state))
     except ValueError as error:
         raise ValueError(f"{found.path}: {error}") from error
 
@@ -82,7 +84,7 @@ def _read_folder(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS_NAME}, only {names}")
     found, beside = read_tensors(path / WEIGHTS_NAME), path / CONFIG_NAME
     if found.config is None and beside.is_file():
-        return Checkpoint(found.path, found.state, _config(read_json(beside), str(beside)))
+        return replace(found, config=_config(read_json(beside), str(beside)))
     return found
 
 
@@ -109,15 +111,15 @@ def _read_safetensors(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            config = (file.metadata() or {}).get(CONFIG_KEY)
+            metadata = file.metadata() or {}
     except OSError:
         raise
     except Exception as error:  # SafetensorError, and what torch says about a dtype or a size that it does not have
         what = "a whole safetensors file" if isinstance(error, SafetensorError) else "a readable safetensors file"
         raise ValueError(f"{path} is not {what}: {error}") from error
-    source = f"{CONFIG_KEY} of {path}"
+    source, config = f"{CONFIG_KEY} of {path}", metadata.get(CONFIG_KEY)
     values = _config(parse_json(config, source), source) if config else None
-    return Checkpoint(path, _unwrapped(state, path), values)
+    return Checkpoint(path, _unwrapped(state, path), values, metadata)
 
 
 def _read_pickled(path: Path) -> Checkpoint:

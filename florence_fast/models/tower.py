@@ -211,6 +211,22 @@ class ImageTower(SavePretrained, nn.Module):
         ]
         return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
 
+    def layer_numbers(self) -> dict[str, int]:
+        """Return the layer of every parameter, counted from the input, for learning rates that fall with depth.
+
+        The stem is layer 0, each block one more; a merge belongs to the block behind it, norm and head to the last.
+        """
+        first = [1 + sum(self.config.depths[:stage]) for stage in range(len(self.config.depths) + 1)]
+        numbers = {}
+        for name, _ in self.named_parameters():
+            part, *rest = name.split(".")
+            if part == "layers":
+                stage = int(rest[0])
+                numbers[name] = first[stage] + int(rest[2]) if rest[1] == "blocks" else first[stage + 1]
+            else:
+                numbers[name] = 0 if part == "patch_embed" else first[-1]
+        return numbers
+
     @property
     def feature_info(self) -> FeatureInfo:
         """Channels and reduction of each stage's map."""

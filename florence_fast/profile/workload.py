@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from florence_fast.data.loader import Batch
+from florence_fast.data.pair_loader import PairBatch
 from florence_fast.models import create_model, get_model_config
 from florence_fast.models.config import FlorenceConfig
 from florence_fast.precision import autocast, input_dtype, resolve_precision
@@ -94,7 +94,8 @@ def _training_step(workload: Workload, model: nn.Module) -> Step:
     tokens = _tokens(workload, model)
     images = torch.randint(256, (samples, 3, size, size), dtype=torch.uint8)
     numbers = torch.arange(samples)
-    batch = Batch(images, [str(number) for number in range(samples)], numbers, numbers, skipped=0)
+    texts = [str(number) for number in range(samples)]
+    batch = PairBatch(images=images, texts=texts, labels=numbers, indices=numbers, skipped=0)
     task = ContrastiveTask(
         model,
         lambda texts: tokens[: len(texts)],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from florence_fast.data.decoding import CROPS
-from florence_fast.data.loader import Batch, PairLoader
+from florence_fast.data.pair_loader import PairBatch, PairLoader
 from florence_fast.data.pairs import PairSource, open_pairs
 from florence_fast.models.config import FlorenceConfig
 from florence_fast.models.factory import create_model, get_tokenizer, model_config
@@ -194,7 +194,9 @@ class ContrastiveTask(Task):
             interpolation=model.config.interpolation,
         )
 
-    def batches(self, stage: Stage, batch_size: int, position: int, stopping: Callable[[], bool]) -> Iterator[Batch]:
+    def batches(
+        self, stage: Stage, batch_size: int, position: int, stopping: Callable[[], bool]
+    ) -> Iterator[PairBatch]:
         """Return batches of pairs, with texts as the stage wants them."""
         self.loader.configure(batch_size=batch_size, image_size=stage.image_size, augment_text=stage.augment_text)
         return self.loader.batches(position, stopping=stopping)
@@ -205,7 +207,7 @@ class ContrastiveTask(Task):
         self.model.set_input_size(img_size=stages[-1].image_size, window_size=windows[-1] if windows else None)
 
     @annotated("train.prepare")
-    def prepare(self, batch: Batch, stage: Stage, step: int) -> Prepared:
+    def prepare(self, batch: PairBatch, stage: Stage, step: int) -> Prepared:
         """Augment the images, tokenise each distinct text once and cut the tokens to the longest."""
         row_of = {text: row for row, text in enumerate(dict.fromkeys(batch.texts))}
         tokens = self.tokenizer(list(row_of))
@@ -216,13 +218,13 @@ class ContrastiveTask(Task):
         labels = batch.labels.to(self.device, non_blocking=True) if self.config.loss == "unicl" else None
         return Prepared(images.to(input_dtype(self.model)), tokens.to(self.device), which.to(self.device), labels)
 
-    def loss(self, batch: Batch, stage: Stage, step: int) -> Tensor:
+    def loss(self, batch: PairBatch, stage: Stage, step: int) -> Tensor:
         """Return the loss of the joined batch of all ranks."""
         prepared = self.prepare(batch, stage, step)
         return self._compare(prepared.which, *self.module(prepared.images, prepared.tokens), prepared.labels)
 
     def backward(
-        self, batch: Batch, stage: Stage, step: int, scale: Callable[[Tensor], Tensor], autocast: Autocast
+        self, batch: PairBatch, stage: Stage, step: int, scale: Callable[[Tensor], Tensor], autocast: Autocast
     ) -> Tensor:
         """Run forward and backward; all ranks return the loss of their joined batch, so none is averaged.
 

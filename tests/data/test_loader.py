@@ -13,7 +13,8 @@ from PIL import Image
 
 from florence_fast.data.augment import BatchAugment
 from florence_fast.data.labels import text_label
-from florence_fast.data.loader import BadDataError, Batch, PairLoader
+from florence_fast.data.loader import BadDataError
+from florence_fast.data.pair_loader import PairBatch, PairLoader
 from florence_fast.data.pairs import open_pairs
 from florence_fast.data.prompts import TRAIN_TEMPLATES
 from florence_fast.data.transforms import image_transform
@@ -22,7 +23,7 @@ from tests.data.conftest import ListPairs
 Build = Callable[..., ListPairs]
 
 
-def take(loader: PairLoader, count: int, position: int = 0) -> list[Batch]:
+def take(loader: PairLoader, count: int, position: int = 0) -> list[PairBatch]:
     return list(islice(loader.batches(position), count))
 
 
@@ -30,20 +31,20 @@ def load(source: ListPairs, **options: object) -> PairLoader:
     return PairLoader(source, **{"batch_size": 7, "image_size": 8, "seed": 3, **options})
 
 
-def assert_equal(batches: list[Batch], others: list[Batch]) -> None:
+def assert_equal(batches: list[PairBatch], others: list[PairBatch]) -> None:
     assert len(batches) == len(others)
     for one, other in zip(batches, others, strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.indices, other.indices)
         assert torch.equal(one.labels, other.labels) and one.texts == other.texts and one.skipped == other.skipped
 
 
-def joined(parts: list[Batch]) -> Batch:
-    return Batch(
-        torch.cat([part.images for part in parts]),
-        [text for part in parts for text in part.texts],
-        torch.cat([part.labels for part in parts]),
-        torch.cat([part.indices for part in parts]),
-        sum(part.skipped for part in parts),
+def joined(parts: list[PairBatch]) -> PairBatch:
+    return PairBatch(
+        images=torch.cat([part.images for part in parts]),
+        texts=[text for part in parts for text in part.texts],
+        labels=torch.cat([part.labels for part in parts]),
+        indices=torch.cat([part.indices for part in parts]),
+        skipped=sum(part.skipped for part in parts),
     )
 
 

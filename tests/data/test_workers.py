@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from florence_fast.data import workers
-from florence_fast.data.loader import PairLoader
+from florence_fast.data.pair_loader import PairLoader
 from florence_fast.data.shards import TarPairs
 from florence_fast.data.workers import WorkerError
 from tests.data.conftest import ListPairs, sample, write_tar
