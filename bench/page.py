@@ -26,6 +26,7 @@ DEMO_RUNS = {
     "demo_1090_steps.json": "UniCL, an earlier and longer recipe",
     "demo_clip_baseline.json": "CLIP's loss, that same recipe",
     "demo_long.json": "`make demo-long`, an earlier recipe",
+    "demo_further.json": "the shipped weights: from that run's, on random grounds too",
 }
 
 
