@@ -13,6 +13,7 @@
 #   make bench       what a processor can show: losses, towers, gradient cache, start; the report drawn
 #   make bench-cpu   what the native CPU backend gains on this processor, beside its goals; about 13 minutes
 #   make report      pictures and tables of what was measured, from bench/results
+#   make docs        this documentation as a site in build/site; every warning is an error
 #   make lint        ruff, and basedpyright   make clean      forget the environment and every cache
 # PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX adds a package index to look for PyTorch in: its
 # wheels for CPUs, https://download.pytorch.org/whl/cpu, save gigabytes of CUDA on a machine without a GPU.
@@ -27,7 +28,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if
 # One process a core, each with one thread: threads of two tests that wait for one core slow both down.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses $(JOBS) --dist loadscope
 
-.PHONY: demo demo-long test test-all lint native sanitize amx compat budget bench bench-cpu gpu report clean
+.PHONY: demo demo-long test test-all lint native sanitize amx compat budget bench bench-cpu gpu report docs clean
 
 demo: native
 	$(BIN)/florence-fast demo --resume --out runs/demo
@@ -75,6 +76,9 @@ gpu:
 report: .venv/base
 	$(BIN)/python -m bench.report
 
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,6 +98,10 @@ clean:
 
 .venv/ready: .venv/base
 	FLORENCE_FAST_NO_NATIVE=1 $(INSTALL) --no-build-isolation --editable '.[test,dev,tensorboard]'
+	@touch $@
+
+.venv/docs: .venv/base
+	FLORENCE_FAST_NO_NATIVE=1 $(INSTALL) --no-build-isolation --editable '.[docs]'
 	@touch $@
 
 .venv/triton-3.6.0/ready: .venv/base

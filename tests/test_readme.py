@@ -25,7 +25,7 @@ def test_the_example_prints_what_the_readme_shows():
 
 def test_every_link_and_image_exists():
     root = Path(__file__).parents[1]
-    for page in (root / "README.md", *(root / "docs").glob("*.md"), root / "bench" / "README.md"):
+    for page in (root / "README.md", *(root / "docs").rglob("*.md"), root / "bench" / "README.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if not target.startswith(("http://", "https://")):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
