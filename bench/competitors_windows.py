@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.competitors import Build, Rival, compiled, field, found, library, needs_gpu
 from bench.session import Built, Missing, Plan
-from florence_fast.ops._windows import crop, merge, partition
+from florence_fast.ops.windows import crop, merge, partition
 from florence_fast.verify.cases import Function, Inputs
 from florence_fast.verify.window_attention import gathered_bias
 

@@ -30,7 +30,7 @@ from bench.machine import ROOT, clocks_under_load
 from bench.session import Missing, Session
 from florence_fast import ops
 from florence_fast.models import create_model, get_model_config
-from florence_fast.ops._backend import allows_tf32
+from florence_fast.ops.dispatch import allows_tf32
 from florence_fast.timing import time_calls
 from florence_fast.verify.compare import Judgement, relative_error
 

@@ -92,7 +92,7 @@ def ops() -> Rows:
         ValueError: FLORENCE_FAST_BACKEND names no backend.
     """
     from florence_fast.ops import explain
-    from florence_fast.ops._backend import backend_in_force
+    from florence_fast.ops.dispatch import backend_in_force
 
     forced, rows, chosen = backend_in_force(), [], set()
     for op, backend, reasons in explain():

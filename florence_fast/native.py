@@ -5,7 +5,6 @@ processor has is taken, or the one that FLORENCE_FAST_CPU names. It knows addres
 serves every version of PyTorch.
 """
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -54,7 +53,7 @@ def level() -> str:
         ValueError: FLORENCE_FAST_CPU names no level.
         RuntimeError: it names one that does not run here, or no level does, because the extension was not built.
     """
-    name, present = env.read("FLORENCE_FAST_CPU"), levels()
+    name, present = env.read("FLORENCE_FAST_CPU"), _LEVELS_HERE if extension() else ()
     if name not in ("auto", *LEVELS):
         raise unknown("FLORENCE_FAST_CPU", name, ("auto", *LEVELS))
     if not present:
@@ -75,9 +74,12 @@ def reasons(*tensors: Tensor | None) -> list[str]:
     """Say why no native kernel can run on ``tensors``, whatever the op; empty if one can."""
     if extension() is None:
         return [NOT_BUILT]
-    given = [tensor for tensor in tensors if tensor is not None]
-    if all(tensor.is_cpu and tensor.dtype in DTYPES for tensor in given):
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cpu and tensor.dtype in DTYPES):
+            break
+    else:
         return []
+    given = [tensor for tensor in tensors if tensor is not None]
     found = []
     devices = sorted({tensor.device.type for tensor in given} - {"cpu"})
     if devices:
@@ -93,28 +95,14 @@ def call(name: str, *args: Any) -> None:
 
     The tensors must be contiguous and, like the memory they lie in, outlive the call, which returns when it is done.
     """
-    level_number, threads = LEVELS.index(level()), torch.get_num_threads()
-    getattr(extension(), name)(level_number, threads, *[_plain(arg) for arg in args])
-
-
-def _plain(arg: Any) -> Any:
-    convert = _PLAIN.get(type(arg))
-    if convert is not None:
-        return convert(arg)
-    return _address(arg) if isinstance(arg, Tensor) else arg
-
-
-def _address(tensor: Tensor) -> int:
-    assert tensor.is_contiguous(), f"native kernels walk through contiguous memory, got strides {tensor.stride()}"
-    return tensor.data_ptr()
-
-
-# By type, in the order of how often; isinstance would take twice as long for each.
-_PLAIN: dict[type, Callable[[Any], Any]] = {
-    Tensor: _address,
-    torch.nn.Parameter: _address,
-    int: int,
-    float: float,
-    torch.dtype: DTYPES.__getitem__,
-    type(None): lambda _: 0,
-}
+    plain: list[Any] = []
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is torch.nn.Parameter or isinstance(arg, Tensor):
+            assert arg.is_contiguous(), f"native kernels walk through contiguous memory, got strides {arg.stride()}"
+            plain.append(arg.data_ptr())
+        elif arg is None:
+            plain.append(0)
+        else:
+            plain.append(DTYPES[arg] if kind is torch.dtype else arg)
+    getattr(_C, name)(LEVELS.index(level()), torch.get_num_threads(), *plain)

@@ -64,14 +64,14 @@ def _l2_normalize_bwd_kernel(
         tl.store(dx_ptr + start + offset, ((g - out * along) * factor).to(dx_ptr.dtype.element_ty), mask=here)
 
 
-def l2_normalize_fwd(x: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Tensor]:
+def l2_normalize_fwd(x: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     """Return the normalised rows."""
     x = x.contiguous()
     out = torch.empty_like(x, dtype=out_dtype)
     if x.numel() > 0:
         call = RowCall(x, "l2_normalize_fwd", 2048, Config(num_warps=4, num_stages=1, programs_per_sm=8))
         _l2_normalize_fwd_kernel[(call.programs,)](x, out, call.rows, eps, *call.shape, **call.config.options)
-    return (out,)
+    return out
 
 
 def l2_normalize_bwd(grad_out: Tensor, x: Tensor, eps: float) -> Tensor:

@@ -127,7 +127,7 @@ def test_only_contiguous_memory_travels() -> None:
 @pytest.mark.parametrize("name", sorted(HAVE_KERNELS))
 def test_it_is_what_a_cpu_uses(name: str) -> None:
     args, kwargs = ops.OPS[name].example("cpu")
-    assert ops._backend.choose(name, *args, **kwargs) == "cpp"
+    assert ops.dispatch.choose(name, *args, **kwargs) == "cpp"
 
 
 def outputs(name: str, args: Any, kwargs: Any) -> Any:
@@ -141,7 +141,7 @@ def test_without_the_extension_every_op_runs(name: str, monkeypatch: pytest.Monk
     usual = outputs(name, args, kwargs)
     monkeypatch.setattr(native, "extension", lambda: None)
     assert native.levels() == () and native.reasons(torch.ones(1)) == [NOT_BUILT]
-    assert ops._backend.choose(name, *args, **kwargs) == "torch"
+    assert ops.dispatch.choose(name, *args, **kwargs) == "torch"
     torch.testing.assert_close(outputs(name, args, kwargs), usual)
     if name in HAVE_KERNELS:
         with ops.backend("cpp"), pytest.raises(RuntimeError, match=re.escape(f"cannot run {name}: {NOT_BUILT}")):

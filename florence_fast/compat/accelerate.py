@@ -30,7 +30,7 @@ from florence_fast.compat import (
 )
 from florence_fast.compat.options import Options
 from florence_fast.compat.overlay import lay_over, take_off
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +149,9 @@ def accelerate(
 def _backend_of(model: nn.Module) -> str:
     """Name the backend that runs window attention on the device of the model's first parameter."""
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    args, kwargs = _backend.OPS["window_attention"].example(device if device == "cuda" else "cpu")
+    args, kwargs = dispatch.OPS["window_attention"].example(device if device == "cuda" else "cpu")
     try:
-        name = _backend.choose("window_attention", *args, **kwargs)
+        name = dispatch.choose("window_attention", *args, **kwargs)
     except RuntimeError as error:
         return str(error)
     if name == "cpp":

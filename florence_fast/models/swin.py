@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from florence_fast import ops
 from florence_fast.models.layers import is_plain, layer_norm
 from florence_fast.models.tower import ImageTower
-from florence_fast.ops._windows import has_unknown
+from florence_fast.ops.windows import has_unknown
 
 
 class PatchEmbed(nn.Module):

@@ -23,7 +23,7 @@ from florence_fast.models.layers import (
     module_list,
     resize_bias_table,
 )
-from florence_fast.ops._windows import if_longer
+from florence_fast.ops.windows import if_longer
 
 
 class WindowAttention(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from florence_fast.ops import _backend, _product
+from florence_fast.ops import _product, dispatch
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,19 +33,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> linear(torch.randn(2, 49, 96), torch.randn(288, 96), torch.zeros(288)).shape
     torch.Size([2, 49, 288])
     """
-    if torch.compiler.is_compiling() or _backend.backend_in_force() == "torch":
+    if torch.compiler.is_compiling() or dispatch.backend_in_force() == "torch":
         return _plain(x, weight, bias)
-    if _backend.is_transformed() or not _is_ours(x, weight, bias):
+    if dispatch.is_transformed() or not _is_ours(x, weight, bias):
         return F.linear(x, weight, bias)
-    x, weight, bias = (None if t is None else _backend.autocast_input(t) for t in (x, weight, bias))
-    with _backend.without_autocast("cpu"):
+    x, weight, bias = (None if t is None else dispatch.autocast_input(t) for t in (x, weight, bias))
+    with dispatch.without_autocast("cpu"):
         needs_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
         return _Linear.apply(x, weight, bias) if needs_graph else _product.linear(x, weight, bias)
 
 
 def is_slow(x: Tensor) -> bool:
     """Say whether the products of ``x`` are widened: in 16 bits, its own or autocast's, without units for them."""
-    return _product.widens(x, _backend.autocast_dtype(x)) and x.is_floating_point()
+    return _product.widens(x, dispatch.autocast_dtype(x)) and x.is_floating_point()
 
 
 def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
@@ -53,10 +53,10 @@ def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
 
     16-bit operands are widened where the processor has no units for them; PyTorch computes everything else.
     """
-    dtype = _backend.autocast_dtype(a)
+    dtype = dispatch.autocast_dtype(a)
     if not _product.widens(a, dtype):
         return a @ b if added is None else torch.baddbmm(added, a, b)
-    with _backend.without_autocast("cpu"):
+    with dispatch.without_autocast("cpu"):
         a, b = (x.to(dtype).float() for x in (a, b))
         out = a @ b if added is None else torch.baddbmm(added.to(dtype).float(), a, b)
         return out.to(dtype)
@@ -64,20 +64,20 @@ def product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
 
 def convolution(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
     """Return ``convolve(x, weight, bias, *args)``, which is PyTorch's, of widened operands where 16 bits are slow."""
-    dtype = _backend.autocast_dtype(x)
+    dtype = dispatch.autocast_dtype(x)
     if not _product.widens(x, dtype):
         return convolve(x, weight, bias, *args)
-    with _backend.without_autocast("cpu"):
+    with dispatch.without_autocast("cpu"):
         x, weight, bias = (None if t is None else t.to(dtype).float() for t in (x, weight, bias))
         return convolve(x, weight, bias, *args).to(dtype)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return the library's product, of widened operands where 16 bits would be slow."""
-    dtype = _backend.autocast_dtype(x)
+    dtype = dispatch.autocast_dtype(x)
     if not _product.widens(x, dtype):
         return F.linear(x, weight, bias)
-    with _backend.without_autocast("cpu"):
+    with dispatch.without_autocast("cpu"):
         x, weight, bias = (None if t is None else t.to(dtype).float() for t in (x, weight, bias))
         return F.linear(x, weight, bias).to(dtype)
 
@@ -88,7 +88,7 @@ def _is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.is_cpu
         and (x.dtype in _product.DTYPES or _product.widens(x))
-        and _backend.backend_in_force() != "reference"
+        and dispatch.backend_in_force() != "reference"
         and all(type(t) in (Tensor, Parameter) for t in tensors)
         and x.numel() > 0
         and weight.numel() > 0
@@ -109,7 +109,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows, grad = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
-        with _backend.without_autocast("cpu"):  # which is in force where backward is called inside its region
+        with dispatch.without_autocast("cpu"):  # which is in force where backward is called inside its region
             if torch.is_grad_enabled():  # to be differentiated again
                 return (
                     (grad @ weight).view(x.shape) if needs_x else None,

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 from florence_fast.ops.contrastive_loss import (
     Statistics,
     check_reduction,
@@ -223,5 +223,5 @@ class SigmoidLoss(_JoinedLoss):
 
 def _ring_backend(op: str, *args: Tensor) -> str:
     """Return what computes the blocks of a ring; the definition knows no blocks, and the library stands in for it."""
-    backend = _backend.choose(op, *args)
+    backend = dispatch.choose(op, *args)
     return "torch" if backend == "reference" else backend

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from florence_fast.ops import OPS
-from florence_fast.ops._backend import choose
+from florence_fast.ops.dispatch import choose
 from florence_fast.provenance import provenance
 from florence_fast.timing import Timing, time_calls
 from florence_fast.verify.cases import Case, Function, Inputs, Subject, subjects

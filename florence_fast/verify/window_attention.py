@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops._windows import MAX_LOG_SCALE, Cut, blocked_pairs, crop, cut_map, merge, offset_index, partition
+from florence_fast.ops.windows import MAX_LOG_SCALE, Cut, blocked_pairs, crop, cut_map, merge, offset_index, partition
 from florence_fast.verify.cases import Case, Function, Inputs, Subject, generator
 
 

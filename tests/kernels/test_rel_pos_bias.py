@@ -14,7 +14,7 @@ from florence_fast.kernels.rel_pos_bias import (
     fold_bias_grad,
     place_bias_grad,
 )
-from florence_fast.ops._windows import corner_index, offset_index
+from florence_fast.ops.windows import corner_index, offset_index
 
 HEADS = 2
 

@@ -15,7 +15,7 @@ from florence_fast.kernels.window_index import (
     place_tokens,
     span_of_run,
 )
-from florence_fast.ops._windows import blocked_pairs, cut_map, partition
+from florence_fast.ops.windows import blocked_pairs, cut_map, partition
 
 
 @triton.jit

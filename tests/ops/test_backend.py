@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from florence_fast import native, ops
-from florence_fast.ops import _backend, _op
+from florence_fast.ops import dispatch, registration
 
 NOT_HERE = "kernels run on the CPU only under TRITON_INTERPRET=1"
 NOT_BUILT = "the native extension was not built"
@@ -29,7 +29,7 @@ def call() -> torch.Tensor:
 
 def chosen() -> str:
     (args, kwargs) = ops.OPS["window_attention"].example("cpu")
-    return _backend.choose("window_attention", *args, **kwargs)
+    return dispatch.choose("window_attention", *args, **kwargs)
 
 
 @pytest.fixture(autouse=True)
@@ -72,17 +72,13 @@ def test_the_interpreter_runs_only_where_it_is_forced(monkeypatch: pytest.Monkey
     assert chosen() == AUTO
     with ops.backend("triton"):
         assert chosen() == "triton"
-    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     with ops.backend("triton"), pytest.raises(RuntimeError, match="triton is not installed"):
         call()
 
 
 def test_every_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = ops.OPS["window_attention"]
-    crippled = _backend.OpEntry(
-        entry.name, entry.function, entry.reference, lambda *_, **__: ["a", "b"], entry.make_example
-    )
-    monkeypatch.setitem(ops.OPS, "window_attention", crippled)
+    monkeypatch.setattr(ops.OPS["window_attention"], "unsupported_reasons", lambda *_, **__: ["a", "b"])
     with ops.backend("torch"), pytest.raises(RuntimeError, match=r"cannot run window_attention: a; b$"):
         call()
 
@@ -93,7 +89,7 @@ def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLORENCE_FAST_BACKEND", "pytorch")
     with pytest.raises(ValueError, match="unknown FLORENCE_FAST_BACKEND 'pytorch'"):
         call()
-    assert not _backend._forced
+    assert not dispatch._forced
 
 
 def test_each_thread_has_a_backend_of_its_own() -> None:
@@ -134,19 +130,19 @@ def test_a_thread_without_a_setting_follows_the_main_thread() -> None:
 def test_a_compiled_function_follows_the_backend_of_the_thread_that_calls_it() -> None:
     torch.compiler.reset()
     (args, kwargs) = ops.OPS["l2_normalize"].example("cpu")
-    which = torch.compile(lambda x: x + _backend.BACKENDS.index(_backend.choose("l2_normalize", *args, **kwargs)),
+    which = torch.compile(lambda x: x + dispatch.BACKENDS.index(dispatch.choose("l2_normalize", *args, **kwargs)),
                           fullgraph=True, backend="eager")  # fmt: skip
 
     def called(name: str) -> str:
         with ops.backend(name):
-            return _backend.BACKENDS[int(which(torch.zeros(())))]
+            return dispatch.BACKENDS[int(which(torch.zeros(())))]
 
     with ThreadPoolExecutor(1) as pool:
         assert [called("reference"), called("torch"), called("auto")] == ["reference", "torch", AUTO]
         with ops.backend("reference"):
             assert pool.submit(called, "torch").result() == "torch"
             assert called("torch") == "torch"
-            assert _backend.BACKENDS[int(which(torch.zeros(())))] == "reference"
+            assert dispatch.BACKENDS[int(which(torch.zeros(())))] == "reference"
 
 
 PRECISIONS = [("highest", False), ("high", True), ("medium", True)]
@@ -164,13 +160,13 @@ def test_tf32_by_either_setting_of_torch(same_precision_afterwards: None) -> Non
     x, matmul = torch.zeros(2), torch.backends.cuda.matmul
     for word, allowed in PRECISIONS:
         torch.set_float32_matmul_precision(word)
-        assert _backend.allows_tf32(x) is allowed
+        assert dispatch.allows_tf32(x) is allowed
     for word, allowed in (("ieee", False), ("tf32", True), ("none", False)):
         matmul.fp32_precision = word
-        assert _backend.allows_tf32(x) is allowed
-        assert not _backend.allows_tf32(x.half())
+        assert dispatch.allows_tf32(x) is allowed
+        assert not dispatch.allows_tf32(x.half())
     torch.backends.fp32_precision = "tf32"
-    assert _backend.allows_tf32(x)
+    assert dispatch.allows_tf32(x)
 
 
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,11 +188,11 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with _op._on_device_of(OnGPU()):
+    with registration._on_device_of(OnGPU()):
         entered.append("launched")
     assert entered == [torch.device("cuda", 1), "launched", "left"]
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    with _op._on_device_of(OnGPU()), _op._on_device_of(torch.zeros(1)):
+    with registration._on_device_of(OnGPU()), registration._on_device_of(torch.zeros(1)):
         assert len(entered) == 3
 
 
@@ -211,10 +207,10 @@ def test_every_launch_is_guarded(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         inside.pop()
 
     launched: list[int] = []
-    module = import_module(f"florence_fast.ops.{name}.cpp" if native.extension() else "florence_fast.ops.nms.op")
+    module = import_module(f"florence_fast.ops.{name}.cpp" if native.extension() else "florence_fast.ops.nms.torch")
     function = {"l2_normalize": "l2_normalize_fwd", "nms": "nms_kept"}[name]
     real = getattr(module, function)
-    monkeypatch.setattr(_op, "_on_device_of", guard)
+    monkeypatch.setattr(registration, "_on_device_of", guard)
     monkeypatch.setattr(module, function, lambda *args: (launched.append(len(inside)), real(*args))[1])
     args, kwargs = ops.OPS[name].example("cpu")
     ops.OPS[name].function(*args, **kwargs)
@@ -236,7 +232,7 @@ assert "torch._dynamo" not in sys.modules, sorted(n for n in sys.modules if n.st
 
 def test_explain_lists_every_op_and_backend() -> None:
     rows = {(row.op, row.backend): row.reasons for row in ops.explain("cpu")}
-    assert set(rows) == {(op, name) for op in ops.OPS for name in _backend.BACKENDS}
+    assert set(rows) == {(op, name) for op in ops.OPS for name in dispatch.BACKENDS}
     assert rows["window_attention", "triton"] == ["Triton's interpreter is for proofs: it runs only where it is forced"]
     assert rows["window_attention", "torch"] == rows["window_attention", "reference"] == []
 
@@ -257,7 +253,7 @@ def test_every_op_runs_its_own_example(name: str) -> None:
 @pytest.fixture
 def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Collect the arguments of each call of l2_normalize that torch's dispatcher sees."""
-    op = import_module("florence_fast.ops.l2_normalize.op")._l2_normalize
+    op = ops.OPS["l2_normalize"].forward_op
     seen, original = [], op._op
     monkeypatch.setattr(op, "_op", lambda *args: (seen.append(args), original(*args))[1])
     return seen

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 from florence_fast.ops.contrastive_loss import (
     contrastive_loss,
     contrastive_loss_reference,
@@ -232,7 +232,7 @@ def test_no_tensor_is_larger_than_the_features_or_a_tile():
 
     def largest_allocation(chunk_size: int) -> int:
         # The scratch memory of oneDNN's products in "cpp" is larger than everything here, but not at real sizes.
-        with torch.profiler.profile(profile_memory=True) as profile, _backend.backend("torch"):
+        with torch.profiler.profile(profile_memory=True) as profile, dispatch.backend("torch"):
             contrastive_loss(*leaves, labels, chunk_size=chunk_size).backward()
         events = profile.profiler.kineto_results.events()
         return max(event.nbytes() for event in events if event.name() == "[memory]")
@@ -306,26 +306,26 @@ def test_compiles_into_one_graph(distinct):
 def test_reference_backend_is_the_definition_and_can_be_differentiated_twice():
     arguments = inputs((40, 8, 11, None), torch.float32)
     wanted = with_gradients(contrastive_loss_reference, *arguments)
-    with _backend.backend("reference"):
+    with dispatch.backend("reference"):
         got = with_gradients(contrastive_loss, *arguments)
     assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
     u, v, scale, labels = inputs((5, 3, 2, None))
     leaves = [x.requires_grad_() for x in (u, v, scale)]
-    with _backend.backend("reference"):
+    with dispatch.backend("reference"):
         assert torch.autograd.gradgradcheck(lambda *x: contrastive_loss(*x, labels), leaves)
 
 
 def test_a_backend_without_a_kernel_is_refused():
     with (
-        _backend.backend("cpp"),
+        dispatch.backend("cpp"),
         pytest.raises(RuntimeError, match="cannot run contrastive_loss"),
     ):
         contrastive_loss(*inputs((4, 3, None, None)))
 
 
 def test_the_table_of_ops_can_call_it(device):
-    args, kwargs = _backend.OPS["contrastive_loss"].example(device)
-    entry = _backend.OPS["contrastive_loss"]
+    args, kwargs = dispatch.OPS["contrastive_loss"].example(device)
+    entry = dispatch.OPS["contrastive_loss"]
     torch.testing.assert_close(entry.function(*args, **kwargs), entry.reference(*args, **kwargs))
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from florence_fast import ops
 from florence_fast.models.coswin import ConvEmbed, ConvStem
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 from florence_fast.ops.conv_embed import conv_embed, conv_embed_reference
 
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias")
@@ -257,7 +257,7 @@ def test_backends_that_it_lacks_say_so(backend: str) -> None:
     tensors, options = CASES["merge"].make(torch.float32)
     with ops.backend(backend), pytest.raises(RuntimeError, match="kernel for conv_embed in this version"):
         conv_embed(**tensors, **options)
-    assert _backend.choose("conv_embed", **tensors, **options) == "torch"
+    assert dispatch.choose("conv_embed", **tensors, **options) == "torch"
 
 
 BAD = [

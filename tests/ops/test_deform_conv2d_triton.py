@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from florence_fast import ops
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 from florence_fast.ops.deform_conv2d import deform_conv2d, deform_conv2d_reference
 from tests.ops.rounding import assert_as_exact, relative_error
 from tests.ops.test_deform_conv2d import Case, grad_like, plainly, run
@@ -185,4 +185,4 @@ def test_dtypes_that_the_interpreter_cannot_do(dtype: torch.dtype) -> None:
     tensors, values = Case().make(dtype)
     with pytest.raises(RuntimeError, match="float"):
         kernels(**tensors, **values)
-    assert _backend.choose("deform_conv2d", **tensors, **values) != "triton"
+    assert dispatch.choose("deform_conv2d", **tensors, **values) != "triton"

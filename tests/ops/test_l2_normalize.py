@@ -138,7 +138,7 @@ def test_autocast_on_cuda_gives_what_the_library_gives(dtype: torch.dtype) -> No
 @backends
 def test_a_result_of_another_dtype(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA's autocast asks for, on a CPU: 16-bit in, float32 out."""
-    monkeypatch.setattr(ops._backend, "float32_autocast_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(ops.dispatch, "float32_autocast_dtype", lambda *_: torch.float32)
     x, grad_out = torch.randn(3, 8).bfloat16().requires_grad_(), torch.randn(3, 8)
     with ops.backend(backend):
         out, dx = run(ops.l2_normalize, x, grad_out)

@@ -88,7 +88,7 @@ def test_zeros_stay_zeros(device: str) -> None:
 
 def test_a_result_of_another_dtype(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA's autocast asks for: 16-bit in, float32 out."""
-    monkeypatch.setattr(ops._backend, "float32_autocast_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(ops.dispatch, "float32_autocast_dtype", lambda *_: torch.float32)
     x, grad_out = torch.randn(3, 8, device=device).half().requires_grad_(), torch.randn(3, 8, device=device)
     got, wide = run(kernels, x, grad_out), run(plainly, x.detach().float().requires_grad_(), grad_out)
     assert (got["out"].dtype, got["dx"].dtype) == (torch.float32, torch.float16)
@@ -159,4 +159,4 @@ def test_what_it_cannot_do_it_refuses_with_the_reason(dtype: torch.dtype, length
 
 
 def test_auto_never_interprets() -> None:
-    assert ops._backend.choose("l2_normalize", torch.randn(2, 8)) != "triton"
+    assert ops.dispatch.choose("l2_normalize", torch.randn(2, 8)) != "triton"

@@ -315,7 +315,7 @@ def test_autocast_on_cuda_gives_what_the_library_gives(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_norm_of_another_dtype_than_the_sum(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA's autocast asks for, on a CPU: 16-bit in, a float32 norm out."""
-    monkeypatch.setattr(ops._backend, "float32_autocast_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(ops.dispatch, "float32_autocast_dtype", lambda *_: torch.float32)
     tensors = make((2, 5, 8), FORMS["drop-path"], torch.bfloat16)
     exact = {n: x.detach().double().requires_grad_(x.requires_grad) for n, x in tensors.items()}
     with ops.backend(backend):

@@ -219,7 +219,7 @@ def test_a_float32_stream_beside_a_16_bit_branch(device: str) -> None:
 
 def test_a_norm_of_another_dtype_than_the_sum(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA's autocast asks for: 16-bit in, a float32 norm out."""
-    monkeypatch.setattr(ops._backend, "float32_autocast_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(ops.dispatch, "float32_autocast_dtype", lambda *_: torch.float32)
     tensors = Case((3, 9, 40), residual=True).make(torch.float16, device)
     total, norm = kernels(**tensors)
     assert (total.dtype, norm.dtype) == (torch.float16, torch.float32)
@@ -312,7 +312,7 @@ def test_what_it_cannot_do_it_refuses_with_the_reason(case: Case, dtype: torch.d
 
 
 def test_auto_never_interprets() -> None:
-    assert ops._backend.choose("layer_norm", torch.randn(2, 8)) != "triton"
+    assert ops.dispatch.choose("layer_norm", torch.randn(2, 8)) != "triton"
 
 
 @pytest.mark.gpu

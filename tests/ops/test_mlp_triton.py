@@ -233,4 +233,4 @@ def test_dtypes_that_the_interpreter_cannot_do(dtype: torch.dtype) -> None:
 
 
 def test_auto_never_interprets() -> None:
-    assert ops._backend.choose("mlp", **CASES["ragged"].make(torch.float32, "cpu")) != "triton"
+    assert ops.dispatch.choose("mlp", **CASES["ragged"].make(torch.float32, "cpu")) != "triton"

@@ -108,9 +108,9 @@ def test_l2_normalize() -> None:
         for got, wanted in zip((out, length), l2_normalize_cpp.l2_normalize_fwd(x[at], eps, x.dtype), strict=True):
             assert_equal(got[at], wanted, at)
     del out, got
-    dx = l2_normalize_cpp.l2_normalize_bwd(grad, x, eps, length)
+    dx = l2_normalize_cpp.l2_normalize_bwd(grad, x, length, eps, x.dtype)
     for at in rows_at_the_ends(*x.shape):
-        assert_equal(dx[at], l2_normalize_cpp.l2_normalize_bwd(grad[at], x[at], eps, length[at]), at)
+        assert_equal(dx[at], l2_normalize_cpp.l2_normalize_bwd(grad[at], x[at], length[at], eps, x.dtype), at)
 
 
 def test_bias_activation() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from florence_fast import native, ops
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 from florence_fast.ops.nms.op import _rounded_down, batched_nms, batched_nms_reference, nms, nms_reference
 
 FIXTURE = json.loads(Path(__file__).with_name("torchvision.json").read_text(encoding="utf-8"))["nms"]
@@ -182,9 +182,9 @@ def test_export() -> None:
 
 @pytest.mark.parametrize("name", ["nms", "batched_nms"])
 def test_auto_takes_native_kernels_on_a_cpu_or_library_calls(name: str) -> None:
-    args, kwargs = _backend.OPS[name].example("cpu")
+    args, kwargs = dispatch.OPS[name].example("cpu")
     with ops.backend("auto"):
-        assert _backend.choose(name, *args, **kwargs) == ("cpp" if native.extension() else "torch")
+        assert dispatch.choose(name, *args, **kwargs) == ("cpp" if native.extension() else "torch")
 
 
 GOOD = dict(zip(("boxes", "scores", "idxs"), draw(6), strict=True)) | {"iou_threshold": 0.5}

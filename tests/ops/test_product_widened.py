@@ -108,15 +108,16 @@ def test_no_product_runs_in_16_bits(dtype: torch.dtype) -> None:
             return func(*args, **(kwargs or {}))
 
     # Our ops run below the mode, so their insides are watched as functions.
-    mlp, patch_merging = (importlib.import_module(f"florence_fast.ops.{name}.op") for name in ("mlp", "patch_merging"))
+    mlp, patch_merging = importlib.import_module("florence_fast.ops.mlp.op"), ops.OPS["patch_merging"]
     x, *others = _inputs("mlp", dtype)
     with Watch():
         out, hidden = mlp._forward(x, *others, "gelu", True, "torch")
-        mlp._backward(out, x, *others, hidden, [True] * 5, "gelu", True, "torch")
+        mlp._backward(out, x, *others, hidden, [True] * 5, "gelu", "torch")
         x, *others = _inputs("patch_merging", dtype)
         for backend in BACKENDS:
-            out, kept = patch_merging._forward(x, *others, 1e-5, backend)
-            patch_merging._backward(out, x, *others, kept, [True] * 4, 1e-5, backend)
+            module = patch_merging.backend(backend)
+            out = module.patch_merging_fwd(x, *others, 1e-5)
+            module.patch_merging_bwd(out, x, *others, [True] * 4, 1e-5)
         for name in ("linear", "product", "convolution", "conv_embed"):
             _with_gradients(CASES[name][0], _inputs(name, dtype), "torch")
     assert not seen

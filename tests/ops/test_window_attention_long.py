@@ -19,7 +19,7 @@ from torch import Tensor
 from florence_fast import ops
 from florence_fast.kernels import window_attention as launchers
 from florence_fast.kernels.targets import Target, assume
-from florence_fast.ops._windows import (
+from florence_fast.ops.windows import (
     MAX_LOG_SCALE,
     blocked_pairs,
     corner_index,
@@ -369,4 +369,4 @@ def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_never_interprets() -> None:
     tensors, values = CASES["video-exact"].make(torch.float32, "cpu")
-    assert ops._backend.choose("window_attention", **tensors, **values) != "triton"
+    assert ops.dispatch.choose("window_attention", **tensors, **values) != "triton"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from florence_fast import ops
-from florence_fast.ops._windows import cut_map, merge, partition
 from florence_fast.ops.window_attention_partitioned import window_attention_partitioned
+from florence_fast.ops.windows import cut_map, merge, partition
 
 BIASES, MASKS = (False, True), ("none", "bool", "added")
 
@@ -174,7 +174,7 @@ def test_nan_is_not_lost() -> None:
 
 def test_auto_takes_torch_and_others_say_why_not() -> None:
     tensors = make(torch.float32, True, "bool")
-    assert ops._backend.choose("window_attention_partitioned", **tensors) == "torch"
+    assert ops.dispatch.choose("window_attention_partitioned", **tensors) == "torch"
     with pytest.raises(RuntimeError, match="no native kernel for window_attention_partitioned in this version"):
         attend("cpp", **tensors)
 

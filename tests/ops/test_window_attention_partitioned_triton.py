@@ -336,4 +336,4 @@ UNABLE = [
 def test_says_what_the_kernels_cannot_do(x: Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         attend("triton", q=x, k=x, v=x)
-    assert ops._backend.choose("window_attention_partitioned", x, x, x) == "torch"
+    assert ops.dispatch.choose("window_attention_partitioned", x, x, x) == "torch"

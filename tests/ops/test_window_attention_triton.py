@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from florence_fast import ops
-from florence_fast.ops._windows import blocked_pairs, crop, cut_map, merge, offset_index, partition
 from florence_fast.ops.window_attention import triton as window_attention_triton
+from florence_fast.ops.windows import blocked_pairs, crop, cut_map, merge, offset_index, partition
 from tests.ops.rounding import relative_error
 
 FLOOR = {torch.float32: 1e-6, torch.float16: 0.0, torch.bfloat16: 0.0}
@@ -297,4 +297,4 @@ def test_dtypes_that_the_interpreter_cannot_do(dtype: torch.dtype) -> None:
 
 def test_auto_never_interprets() -> None:
     tensors, values = CASES["window-7-exact"].make(torch.float32, "cpu")
-    assert ops._backend.choose("window_attention", **tensors, **values) != "triton"
+    assert ops.dispatch.choose("window_attention", **tensors, **values) != "triton"

@@ -5,7 +5,6 @@ Florence is pretrained with it (arXiv 2111.11432, section 2.2).
 Letters: B pairs · R rows (images here) · N columns (texts of all) · D embedding dim · S = logit_scale * rows cols^T.
 """
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _op
-from florence_fast.ops.contrastive_loss import cpp
-from florence_fast.ops.contrastive_loss import torch as torch_backend
+from florence_fast.ops import dispatch
 from florence_fast.ops.logits.checks import (
     all_logits,
     check_features,
     check_labels,
+    cpp_reasons,
     labels_of_both,
-    reasons_against,
+    triton_reasons,
 )
+from florence_fast.ops.spec import Op
 
 REDUCTIONS = {"mean_directions": (0.5, 0.5), "sum_directions": (1.0, 1.0), "image_to_text": (1.0, 0.0)}
 """What the loss of the rows (image to text) and that of the columns (text to image) are multiplied with."""
@@ -98,7 +97,7 @@ def contrastive_loss(
     scale = check_features(image_features, text_features, logit_scale, chunk_size, unequal=one_way)
     check_labels(image_features, text_features, labels, text_labels, unequal=one_way)
     arguments = (image_features, text_features, scale, labels)
-    if _backend.choose("contrastive_loss", *arguments) == "reference":
+    if dispatch.choose("contrastive_loss", *arguments) == "reference":
         return contrastive_loss_reference(*arguments, text_labels=text_labels, reduction=reduction)
     row_labels, col_labels = labels_of_both(image_features, text_features, labels, text_labels)
     statistics = contrastive_statistics(
@@ -140,7 +139,7 @@ def contrastive_statistics(
     Returns:
         In the dtype of the loss, and differentiable with respect to rows, cols and scale as ``Statistics`` says.
     """
-    backend = _backend.choose("contrastive_loss", rows, cols, scale, row_labels)
+    backend = dispatch.choose("contrastive_loss", rows, cols, scale, row_labels)
     tensors = (rows, cols, scale, row_labels, col_labels, weight)
     if backend == "reference":
         return contrastive_statistics_reference(*tensors)
@@ -211,11 +210,6 @@ def _amax(x: Tensor, axis: int) -> Tensor:
     return x.amax(axis) if x.shape[axis] else x.new_full((x.shape[1 - axis],), -torch.inf)
 
 
-def unsupported_reasons(backend: str, image_features: Tensor, *args: Any, **options: Any) -> list[str]:
-    """Say why ``backend`` cannot run ``contrastive_loss`` on these arguments; an empty list means that it can."""
-    return reasons_against("contrastive_loss", backend, image_features)
-
-
 def _arguments(*inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return inputs[:4], {}
 
@@ -239,12 +233,13 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = (rows, cols, scale, row_labels, col_labels, weight)
-    row_top, row_rest, col_top, col_rest, positive = _implementation(backend).contrastive_loss_fwd(*tensors, chunk_size)
+    find = _contrastive_loss.backend(backend).contrastive_loss_fwd
+    row_top, row_rest, col_top, col_rest, positive = find(*tensors, chunk_size)
     tops, rests = torch.cat([row_top, col_top]), torch.cat([row_rest, col_rest])
     return torch.cat([rests, positive]), tops, tops + rests
 
 
-def _forward_fake(rows: Tensor, cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(rows: Tensor, cols: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     num_lse, weight = len(rows) + len(cols), args[3]
     return tuple(weight.new_empty(length) for length in (num_lse + len(rows), num_lse, num_lse))
 
@@ -262,22 +257,14 @@ def _backward(
     needs: list[bool],
     chunk_size: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     sizes = [len(rows), len(cols)]
-    grads = _implementation(backend).contrastive_loss_bwd(
+    return _contrastive_loss.backend(backend).contrastive_loss_bwd(
         *grad_out.split([*sizes, len(rows)]),
         *(rows, cols, scale, row_labels, col_labels, weight),
         *lse.split(sizes),
         needs,
         chunk_size,
-    )
-    return tuple(rows.new_empty(0) if grad is None else grad for grad in (*grads, None, None, None))
-
-
-def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, needs = args[:6], args[8]
-    return tuple(
-        x.new_empty(x.shape) if need else tensors[0].new_empty(0) for x, need in zip(tensors, needs, strict=True)
     )
 
 
@@ -287,18 +274,15 @@ def _example(device: str) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[s
     return (*features, torch.tensor(10.0, device=device), labels), {}
 
 
-def _implementation(backend: str) -> ModuleType:
-    """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
-    if backend == "triton":
-        from florence_fast.ops.contrastive_loss import triton
-
-        return triton
-    return cpp if backend == "cpp" else torch_backend
-
-
-_contrastive_loss = _op.define(
-    "contrastive_loss", 6, _forward, _forward_fake, _backward, _backward_fake, _arguments, _differentiable_statistics
-)
-_backend.register_entry(
-    _backend.OpEntry("contrastive_loss", contrastive_loss, contrastive_loss_reference, unsupported_reasons, _example)
+_contrastive_loss = Op(
+    contrastive_loss,
+    contrastive_loss_reference,
+    example=_example,
+    reasons={"triton": triton_reasons, "cpp": cpp_reasons},
+    tensors=6,
+    outputs=_outputs,
+    forward=_forward,
+    backward=_backward,
+    arguments=_arguments,
+    definition=_differentiable_statistics,
 )

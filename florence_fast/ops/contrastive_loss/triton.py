@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from florence_fast.kernels import contrastive_loss as kernels
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 from florence_fast.ops.logits.by_label import ByLabel, unsorted
 from florence_fast.ops.logits.triton import Span, chunked_gradients
 
@@ -35,7 +35,7 @@ def contrastive_loss_fwd(
         ordered.row_labels,
         ordered.col_labels,
         SCRATCH_BYTES,
-        _backend.allows_tf32(rows),
+        dispatch.allows_tf32(rows),
     )
     row = unsorted(torch.stack([row_top, row_rest, positive], 1) * LN_2, ordered.row_order)
     col = unsorted(torch.stack([col_top, col_rest], 1) * LN_2, ordered.col_order)
@@ -58,7 +58,7 @@ def contrastive_loss_bwd(
     chunk_size: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of rows (R, D), cols (N, D) and scale (), None where ``needs`` is false."""
-    ordered, tf32 = ByLabel(rows, cols, row_labels, col_labels), _backend.allows_tf32(rows)
+    ordered, tf32 = ByLabel(rows, cols, row_labels, col_labels), dispatch.allows_tf32(rows)
     row_order, col_order = ordered.row_order, ordered.col_order
     lse = torch.cat([row_lse, col_lse]) / LN_2
     statistics = (

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
+from florence_fast.ops.checks import check_eps, check_tensor, per_axis
 from florence_fast.ops.linear import convolution
+from florence_fast.ops.spec import Op
 from florence_fast.ranges import annotated
 
 
@@ -63,10 +65,10 @@ def conv_embed(
     """
     tensors, options = (x, weight, bias, norm_weight, norm_bias), {"stride": stride, "padding": padding, "eps": eps}
     strides, paddings = _check_conv_embed(*tensors, **options)
-    backend = _backend.choose("conv_embed", *tensors, **options)
+    backend = dispatch.choose("conv_embed", *tensors, **options)
     if backend == "reference":
         return conv_embed_reference(*tensors, **options)
-    return _conv_embed_torch(*tensors, strides, paddings, eps)
+    return _with_library(*tensors, strides, paddings, eps)
 
 
 def _check_conv_embed(
@@ -87,13 +89,13 @@ def _check_conv_embed(
         raise ValueError(f"x must have shape (B, H, W, C) or (B, T, H, W, C), got {tuple(x.shape)}")
     if any(side == 0 for side in x.shape[1:]):
         raise ValueError(f"x must have a map of at least one token and one channel, got shape {tuple(x.shape)}")
-    _check_tensor("x", x, None, x.device)
-    _check_tensor("weight", weight, None, x.device)
+    check_tensor("x", x)
+    check_tensor("weight", weight, beside=x)
     axes, channels = x.ndim - 2, x.shape[-1]
     if weight.ndim != axes + 2 or weight.shape[1] != channels or 0 in weight.shape:
         sides = ", kt, kh, kw)" if axes == 3 else ", kh, kw)"
         raise ValueError(f"weight must have shape (Cout, {channels}{sides}, got {tuple(weight.shape)}")
-    strides, paddings = _per_axis("stride", stride, axes), _per_axis("padding", padding, axes)
+    strides, paddings = per_axis("stride", stride, axes), per_axis("padding", padding, axes)
     if min(strides) < 1:
         raise ValueError(f"stride must be positive on every axis, got {stride!r}")
     if min(paddings) < 0:
@@ -103,31 +105,13 @@ def _check_conv_embed(
             f"the kernel {tuple(weight.shape[2:])} of weight must fit into the map of x with padding={padding!r}, "
             f"got a map of {tuple(x.shape[1:-1])}"
         )
-    if not isinstance(eps, (int, float)) or not eps >= 0:
-        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
+    check_eps(eps)
     outputs = (weight.shape[0],)
     if bias is not None:
-        _check_tensor("bias", bias, outputs, x.device)
-    _check_tensor("norm_weight", norm_weight, outputs, x.device)
-    _check_tensor("norm_bias", norm_bias, outputs, x.device)
+        check_tensor("bias", bias, outputs, beside=x)
+    check_tensor("norm_weight", norm_weight, outputs, beside=x)
+    check_tensor("norm_bias", norm_bias, outputs, beside=x)
     return strides, paddings
-
-
-def _per_axis(name: str, value: int | Sequence[int], axes: int) -> list[int]:
-    values = [value] * axes if isinstance(value, int) else value
-    if not isinstance(values, Sequence) or len(values) != axes or not all(isinstance(v, int) for v in values):
-        raise ValueError(f"{name} must be one int or {axes} of them, one per axis of the map, got {value!r}")
-    return [int(v) for v in values]
-
-
-def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...] | None, device: torch.device) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if shape is not None and tuple(x.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on the device of x, {device}, got {x.device}")
 
 
 def conv_embed_reference(
@@ -143,10 +127,10 @@ def conv_embed_reference(
 ) -> Tensor:
     """Define ``conv_embed`` in plain PyTorch: the same arguments and result, computed in at least float32."""
     axes = x.ndim - 2
-    strides, paddings = _per_axis("stride", stride, axes), _per_axis("padding", padding, axes)
+    strides, paddings = per_axis("stride", stride, axes), per_axis("padding", padding, axes)
     dtype = torch.promote_types(x.dtype, torch.float32)
     result_dtype = _result_dtype(x)
-    with _backend.without_autocast(x.device.type):
+    with dispatch.without_autocast(x.device.type):
         windows = F.pad(x.to(dtype), [0, 0, *(p for padding in reversed(paddings) for p in (padding, padding))])
         for axis, (step, side) in enumerate(zip(strides, weight.shape[2:], strict=True), start=1):
             windows = windows.unfold(axis, side, step)
@@ -161,23 +145,16 @@ def conv_embed_reference(
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     """Give the dtype of the result: autocast makes norms float32 on CUDA, and leaves them alone on a CPU."""
-    dtype = _backend.autocast_dtype(x)
+    dtype = dispatch.autocast_dtype(x)
     casts = x.device.type == "cuda" and torch.is_autocast_enabled("cuda") and dtype != torch.float64
     return torch.float32 if casts else dtype
-
-
-def unsupported_reasons(backend: str, *_: Any, **__: Any) -> list[str]:
-    """Say why ``backend`` cannot run ``conv_embed``; an empty list means that it can."""
-    if backend in ("triton", "cpp"):
-        return [f"no {'Triton' if backend == 'triton' else 'native'} kernel for conv_embed in this version"]
-    return []
 
 
 # The library's parts under the library's autograd: what is kept for the backward is the input of each. A registered
 # op would only hide them from torch.compile. On a CPU the convolution takes 0.4 to 1.2 of the time of gathering the
 # taps for one product, at the stems and merges of florence_nano and coswin_tiny; only the backward of maps of 4x4 is
 # slower by it, 1.5 to 1.9 times.
-def _conv_embed_torch(
+def _with_library(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -208,6 +185,4 @@ def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return (x, weight, None, *torch.randn(2, 32, device=device)), {"stride": 2, "padding": 1}
 
 
-_backend.register_entry(
-    _backend.OpEntry("conv_embed", conv_embed, conv_embed_reference, unsupported_reasons, _example, plain=True)
-)
+Op(conv_embed, conv_embed_reference, example=_example, plain=True)

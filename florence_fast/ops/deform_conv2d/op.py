@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _op
-from florence_fast.ops.deform_conv2d import cpp
+from florence_fast.ops import dispatch
 from florence_fast.ops.deform_conv2d import torch as torch_backend
+from florence_fast.ops.spec import Op
 
 
 def deform_conv2d(
@@ -63,15 +63,15 @@ def deform_conv2d(
     """
     if isinstance(input, Tensor):
         input, weight, bias = (
-            _backend.autocast_input(x) if isinstance(x, Tensor) and x.is_floating_point() else x
+            dispatch.autocast_input(x) if isinstance(x, Tensor) and x.is_floating_point() else x
             for x in (input, weight, bias)
         )
     stride, padding, dilation = _check_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
     arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
-    backend = _backend.choose("deform_conv2d", *arguments)
+    backend = dispatch.choose("deform_conv2d", *arguments)
     if backend == "reference":
         return deform_conv2d_reference(*arguments)
-    return _deform_conv2d(input, offset, mask, weight, bias, stride, padding, dilation, backend)[0]
+    return _deform_conv2d(input, offset, mask, weight, bias, stride, padding, dilation, backend)
 
 
 def _check_deform_conv2d(
@@ -172,7 +172,7 @@ def deform_conv2d_reference(
         samples = samples + torch.where(inside, pixel, 0) * nearness
     if mask is not None:
         samples = samples * mask.to(dtype).reshape(batch, groups, 1, taps * places)
-    with _backend.without_autocast(input.device.type):
+    with dispatch.without_autocast(input.device.type):
         inner = weight.shape[1] * taps
         weight_groups = channels // weight.shape[1]
         matrix = weight.to(dtype).reshape(weight_groups, len(weight) // weight_groups, inner)
@@ -183,34 +183,25 @@ def deform_conv2d_reference(
     return result.to(input.dtype)
 
 
-def unsupported_reasons(
-    backend: str, input: Tensor, offset: Tensor, weight: Tensor, *args: Any, **options: Any
-) -> list[str]:
-    """Say why ``backend`` cannot run ``deform_conv2d`` on these arguments; an empty list means that it can."""
-    if backend == "triton":
-        reasons = _backend.triton_reasons(input)
-        dtype = _backend.autocast_dtype(input)
-        if dtype not in _backend.TRITON_DTYPES:
-            reasons.append(f"input must be float16, bfloat16 or float32, got {dtype}")
-        if dtype == torch.bfloat16 and _backend.interpreting():
-            reasons.append("Triton's interpreter cuts bfloat16 where a GPU rounds")
-        return reasons
-    if backend == "cpp":
-        reasons = native.reasons(input)
-        if input.shape[2] * input.shape[3] >= 2**31:
-            reasons.append(f"pixels are numbered in 32 bits, got a map of {tuple(input.shape[2:])}")
-        return reasons
-    return []
+def _triton_reasons(input: Tensor, *_: Any, **__: Any) -> list[str]:
+    reasons = dispatch.triton_reasons(input)
+    dtype = dispatch.autocast_dtype(input)
+    if dtype not in dispatch.TRITON_DTYPES:
+        reasons.append(f"input must be float16, bfloat16 or float32, got {dtype}")
+    if dtype == torch.bfloat16 and dispatch.interpreting():
+        reasons.append("Triton's interpreter cuts bfloat16 where a GPU rounds")
+    return reasons
 
 
-def _arguments(
-    input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, *sizes: list[int]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (input, offset, weight, bias, *sizes, mask), {}
+def _cpp_reasons(input: Tensor, *_: Any, **__: Any) -> list[str]:
+    reasons = native.reasons(input)
+    if input.shape[2] * input.shape[3] >= 2**31:
+        reasons.append(f"pixels are numbered in 32 bits, got a map of {tuple(input.shape[2:])}")
+    return reasons
 
 
 # Nothing is kept for the backward beside the inputs: columns are kh*kw times as large as the input, and sampling anew
-# costs one pass that the gradients of offset and mask need anyway. The second result is empty.
+# costs one pass that the gradients of offset and mask need anyway.
 def _forward(
     input: Tensor,
     offset: Tensor,
@@ -221,58 +212,31 @@ def _forward(
     padding: list[int],
     dilation: list[int],
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     tensors = (input, offset, mask, weight, bias)
-    how = _implementation(backend, input)
-    return torch_backend.deform_conv2d_fwd(*how, *tensors, stride, padding, dilation), input.new_empty(0)
+    return torch_backend.deform_conv2d_fwd(*_sampler(backend, input), *tensors, stride, padding, dilation)
 
 
-def _forward_fake(
-    input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *args: Any
-) -> tuple[Tensor, Tensor]:
-    return input.new_empty(input.shape[0], weight.shape[0], *offset.shape[2:]), input.new_empty(0)
+def _outputs(input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *args: Any) -> Tensor:
+    return input.new_empty(input.shape[0], weight.shape[0], *offset.shape[2:])
 
 
-def _backward(
-    grad_out: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    kept: Tensor,
-    needs: list[bool],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (input, offset, mask, weight, bias)
-    how = _implementation(backend, input)
-    grads = torch_backend.deform_conv2d_bwd(*how, grad_out, *tensors, needs, stride, padding, dilation)
-    return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
+def _backward(grad_out: Tensor, input: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+    *inputs, backend = inputs
+    return torch_backend.deform_conv2d_bwd(*_sampler(backend, input), grad_out, input, *inputs)
 
 
-def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, needs = args[:5], args[6]
-    return tuple(
-        x.new_empty(x.shape) if need else grad_out.new_empty(0) for x, need in zip(tensors, needs, strict=True)
-    )
-
-
-def _implementation(backend: str, input: Tensor) -> tuple[ModuleType | type, torch.dtype]:
-    """Return what samples, and the dtype of samples and products; the kernels need triton, imported where it is used.
+def _sampler(backend: str, input: Tensor) -> tuple[ModuleType | type, torch.dtype]:
+    """Return what samples, and the dtype of samples and products.
 
     The library would round the weights of the four corners to half precision: it samples in float32 at least.
     """
     if backend == "triton":
-        from florence_fast.kernels import deform_conv2d as kernels
-
-        return kernels, input.dtype
+        return _deform_conv2d.backend("triton"), input.dtype
     if backend == "cpp":
         # Products of bfloat16 are worth it where the processor has them, and float16 is not where this runs.
         low = input.dtype == torch.bfloat16 and native.multiplies_bfloat16()
-        return cpp, torch.bfloat16 if low else torch.float32
+        return _deform_conv2d.backend("cpp"), torch.bfloat16 if low else torch.float32
     return torch_backend.LibrarySampler, torch.promote_types(input.dtype, torch.float32)
 
 
@@ -282,7 +246,13 @@ def _example(device: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]
     return (input, offset, weight), {"padding": 1, "mask": mask}
 
 
-_deform_conv2d = _op.define("deform_conv2d", 5, _forward, _forward_fake, _backward, _backward_fake, _arguments)
-_backend.register_entry(
-    _backend.OpEntry("deform_conv2d", deform_conv2d, deform_conv2d_reference, unsupported_reasons, _example)
+_deform_conv2d = Op(
+    deform_conv2d,
+    deform_conv2d_reference,
+    example=_example,
+    reasons={"triton": _triton_reasons, "cpp": _cpp_reasons},
+    tensors=5,
+    outputs=_outputs,
+    forward=_forward,
+    backward=_backward,
 )

@@ -15,7 +15,7 @@ def l2_normalize_fwd(x: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Ten
     return out, length
 
 
-def l2_normalize_bwd(grad_out: Tensor, x: Tensor, eps: float, length: Tensor) -> Tensor:
+def l2_normalize_bwd(grad_out: Tensor, x: Tensor, length: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     """Return the gradient of ``x``."""
     x = x.contiguous()
     dx = x.new_empty(x.shape)

@@ -13,7 +13,7 @@ def l2_normalize_fwd(x: Tensor, eps: float, out_dtype: torch.dtype) -> tuple[Ten
     return (x / length.clamp_min(eps)).to(out_dtype).contiguous(), length
 
 
-def l2_normalize_bwd(grad_out: Tensor, x: Tensor, eps: float, length: Tensor) -> Tensor:
+def l2_normalize_bwd(grad_out: Tensor, x: Tensor, length: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     """Return the gradient of ``x``."""
     factor = 1 / length.clamp_min(eps)
     out = x * factor

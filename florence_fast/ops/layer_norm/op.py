@@ -6,16 +6,16 @@ Huang et al., 1603.09382, section 3).
 Letters: B samples · C channels.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _op
-from florence_fast.ops.layer_norm import cpp
-from florence_fast.ops.layer_norm import torch as torch_backend
+from florence_fast.ops import dispatch
+from florence_fast.ops.checks import check_eps, check_tensor
+from florence_fast.ops.registration import RegisteredOp, differentiable_gradients
+from florence_fast.ops.spec import Op
 
 MAX_TRITON_CHANNELS = 8192
 
@@ -63,7 +63,7 @@ def layer_norm(
     """
     _check_layer_norm(x, weight, bias, eps, residual, residual_scale)
     options = {"eps": eps, "residual": residual, "residual_scale": residual_scale}
-    backend = _backend.choose("layer_norm", x, weight, bias, **options)
+    backend = dispatch.choose("layer_norm", x, weight, bias, **options)
     if backend == "reference":
         return layer_norm_reference(x, weight, bias, **options)
     sum_dtype, norm_dtype = _result_dtypes(x, residual)
@@ -81,39 +81,26 @@ def _check_layer_norm(
     residual_scale: Tensor | None,
 ) -> None:
     """Raise what is wrong with the arguments."""
-    _check_tensor("x", x, None, None)
+    check_tensor("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape (..., C) with C at least 1, got {tuple(x.shape)}")
-    if not isinstance(eps, (int, float)) or not eps >= 0:
-        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
-    _check_tensor("weight", weight, (x.shape[-1],), x.device)
-    _check_tensor("bias", bias, (x.shape[-1],), x.device)
-    _check_tensor("residual", residual, tuple(x.shape), x.device)
+    check_eps(eps)
+    check_tensor("weight", weight, (x.shape[-1],), beside=x, optional=True)
+    check_tensor("bias", bias, (x.shape[-1],), beside=x, optional=True)
+    check_tensor("residual", residual, tuple(x.shape), beside=x, optional=True)
     if residual_scale is None:
         return
     if residual is None:
         raise ValueError("residual_scale is the factor of x in residual + residual_scale * x: it needs a residual")
     if x.ndim < 2:
         raise ValueError(f"residual_scale needs x of shape (B, ..., C), got {tuple(x.shape)}")
-    _check_tensor("residual_scale", residual_scale, (x.shape[0],), x.device)
-
-
-def _check_tensor(name: str, x: Tensor | None, shape: tuple[int, ...] | None, device: torch.device | None) -> None:
-    if x is None and shape is not None:
-        return
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if shape is not None and tuple(x.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-    if device is not None and x.device != device:
-        raise ValueError(f"{name} must be on the device of x, {device}, got {x.device}")
+    check_tensor("residual_scale", residual_scale, (x.shape[0],), beside=x)
 
 
 def _result_dtypes(x: Tensor, residual: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
     """Give the dtypes of the sum and of its norm."""
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return sum_dtype, _backend.float32_autocast_dtype(sum_dtype, x.device.type)
+    return sum_dtype, dispatch.float32_autocast_dtype(sum_dtype, x.device.type)
 
 
 def layer_norm_reference(
@@ -128,7 +115,7 @@ def layer_norm_reference(
     """Define ``layer_norm`` in plain PyTorch: the same arguments and result, computed in at least float32."""
     sum_dtype, norm_dtype = _result_dtypes(x, residual)
     dtype = torch.promote_types(sum_dtype, torch.float32)
-    with _backend.without_autocast(x.device.type):
+    with dispatch.without_autocast(x.device.type):
         total = x
         if residual is not None:
             branch = x.to(dtype)
@@ -145,34 +132,24 @@ def layer_norm_reference(
         return norm if residual is None else (total, norm)
 
 
-def unsupported_reasons(
-    backend: str,
-    x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    residual_scale: Tensor | None = None,
-    **_: Any,
-) -> list[str]:
-    """Say why ``backend`` cannot run ``layer_norm`` on these arguments; an empty list means that it can."""
-    if backend == "triton":
-        return triton_row_reasons(x, residual, residual_scale, weight, bias)
-    if backend == "cpp":
-        return native.reasons(x, weight, bias, residual, residual_scale)
-    return []
+def _triton_reasons(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **options: Any) -> list[str]:
+    return triton_row_reasons(x, weight, bias, *map(options.get, ("residual", "residual_scale")))
+
+
+def _cpp_reasons(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **options: Any) -> list[str]:
+    return native.reasons(x, weight, bias, *map(options.get, ("residual", "residual_scale")))
 
 
 def triton_row_reasons(x: Tensor, *others: Tensor | None) -> list[str]:
     """Say why no kernel that holds whole rows can run on these tensors."""
-    reasons = _backend.triton_reasons(x)
+    reasons = dispatch.triton_reasons(x)
     if x.shape[-1] > MAX_TRITON_CHANNELS:
         reasons.append(f"the kernels hold rows of at most {MAX_TRITON_CHANNELS} elements, got {x.shape[-1]}")
     dtypes = {tensor.dtype for tensor in (x, *others) if tensor is not None}
-    unknown = sorted(str(dtype) for dtype in dtypes if dtype not in _backend.TRITON_DTYPES)
+    unknown = sorted(str(dtype) for dtype in dtypes if dtype not in dispatch.TRITON_DTYPES)
     if unknown:
         reasons.append(f"tensors must be float16, bfloat16 or float32, got {', '.join(unknown)}")
-    if torch.bfloat16 in dtypes and _backend.interpreting():
+    if torch.bfloat16 in dtypes and dispatch.interpreting():
         reasons.append("Triton's interpreter cuts values off where they become bfloat16")
     return reasons
 
@@ -204,10 +181,8 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (x, residual, residual_scale, weight, bias)
-    norm, total, *statistics = _implementation(backend).layer_norm_fwd(*tensors, eps, sum_dtype, norm_dtype)
-    if residual is None:
-        total = x.new_empty(0)
-    return norm, total, *(statistics or (x.new_empty(0, dtype=torch.float32) for _ in range(2)))
+    norm, total, mean, rstd = _OP.backend(backend).layer_norm_fwd(*tensors, eps, sum_dtype, norm_dtype)
+    return norm, x.new_empty(0) if residual is None else total, mean, rstd
 
 
 def _forward_fake(x: Tensor, residual: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -235,13 +210,14 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs_sum, needs_x, needs_weight, needs_bias = needs
-    dsum, dx, dweights = _implementation(backend).layer_norm_bwd(
+    dsum, dx, dweights = _OP.backend(backend).layer_norm_bwd(
         *(grad_norm, grad_sum, total, residual_scale, weight),
         dsum_dtype if needs_sum else None,
         dx_dtype if needs_x else None,
         needs_weight or needs_bias,
         eps,
-        *(() if backend == "triton" else (mean, rstd)),
+        mean,
+        rstd,
     )
     grads = (
         dsum,
@@ -305,7 +281,7 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     total, residual_scale, weight, bias, *_ = saved
     needs_x, needs_residual, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    dsum, dweight, dbias = _op.differentiable_gradients(
+    dsum, dweight, dbias = differentiable_gradients(
         lambda total, *parameters: [layer_norm_reference(total, *parameters, eps=ctx.eps), total],
         (total, weight, bias),
         (needs_x or needs_residual, needs_weight, needs_bias),
@@ -330,17 +306,7 @@ def _example(device: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]
     return (x, *parameters), {"residual": residual, "residual_scale": torch.tensor([0.0, 1.25], device=device)}
 
 
-def _implementation(backend: str) -> ModuleType:
-    """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
-    if backend == "triton":
-        from florence_fast.kernels import layer_norm as kernels
-
-        return kernels
-    return cpp if backend == "cpp" else torch_backend
-
-
-_layer_norm, _layer_norm_backward = _op.define_pair(
-    "layer_norm", _forward, _forward_fake, _backward, _backward_fake, _arguments
-)
+_OP = Op(layer_norm, layer_norm_reference, example=_example, reasons={"triton": _triton_reasons, "cpp": _cpp_reasons})
+_layer_norm = RegisteredOp("layer_norm", _forward, _forward_fake, _arguments)
+_layer_norm_backward = RegisteredOp("layer_norm_backward", _backward, _backward_fake)
 _layer_norm.register_autograd(_run_backward, setup_context=_setup_context)
-_backend.register_entry(_backend.OpEntry("layer_norm", layer_norm, layer_norm_reference, unsupported_reasons, _example))

@@ -3,11 +3,13 @@
 Letters: B pairs · R images · N texts · D embedding dim
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 
 
 def check_features(
@@ -98,22 +100,23 @@ def labels_of_both(
     return labels, labels if text_labels is None else text_labels
 
 
-def reasons_against(op: str, backend: str, image_features: Tensor) -> list[str]:
-    """Say why ``backend`` cannot run ``op`` on these features; an empty list means that it can."""
-    if backend == "triton":
-        reasons = _backend.triton_reasons(image_features)
-        if image_features.dtype not in _backend.TRITON_DTYPES:
-            reasons.append(f"features must be float16, bfloat16 or float32, got {image_features.dtype}")
-        if image_features.dtype == torch.bfloat16 and _backend.interpreting():
-            reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
-        return reasons
-    if backend == "cpp":
-        return native.reasons(image_features)
-    return []
+def triton_reasons(image_features: Tensor, *_: Any, **__: Any) -> list[str]:
+    """Say why no Triton kernel can run a loss of these features; an empty list means that one can."""
+    reasons = dispatch.triton_reasons(image_features)
+    if image_features.dtype not in dispatch.TRITON_DTYPES:
+        reasons.append(f"features must be float16, bfloat16 or float32, got {image_features.dtype}")
+    if image_features.dtype == torch.bfloat16 and dispatch.interpreting():
+        reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
+    return reasons
+
+
+def cpp_reasons(image_features: Tensor, *_: Any, **__: Any) -> list[str]:
+    """Say why no native kernel can."""
+    return native.reasons(image_features)
 
 
 def all_logits(rows: Tensor, cols: Tensor, scale: Tensor | float) -> Tensor:
     """Return scale * rows cols^T, (R, N), in at least float32: what only the definitions hold in memory."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    with _backend.without_autocast(rows.device.type):
+    with dispatch.without_autocast(rows.device.type):
         return scale * (rows.to(dtype) @ cols.to(dtype).T)

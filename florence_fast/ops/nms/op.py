@@ -4,7 +4,7 @@ Dynamic Head's ATSS (Florence, arXiv 2111.11432, section 2.4) ends with it, clas
 torchvision's; classes are told apart by comparing them, not by moving their boxes apart, which costs half precision
 its last digits.
 
-Letters: N boxes · R those of one block.
+Letters: N boxes.
 """
 
 import math
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops import _backend, _op
+from florence_fast.ops import dispatch
 from florence_fast.ops.boxes import box_iou, check_boxes
-from florence_fast.ops.nms import cpp
-
-BLOCK = 128
-"""How many boxes the ``torch`` backend settles at a time."""
+from florence_fast.ops.checks import check_tensor
+from florence_fast.ops.registration import RegisteredOp
+from florence_fast.ops.spec import Op
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -46,7 +45,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     tensor([1, 2])
     """
     threshold = _check_nms(boxes, scores, None, iou_threshold)
-    backend = _backend.choose("nms", boxes, scores, iou_threshold)
+    backend = dispatch.choose("nms", boxes, scores, iou_threshold)
     return _nms(boxes.detach(), scores.detach(), None, threshold, backend)
 
 
@@ -74,16 +73,14 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     if idxs is None:
         raise TypeError("idxs must be a tensor of integers, got NoneType")
     threshold = _check_nms(boxes, scores, idxs, iou_threshold)
-    backend = _backend.choose("batched_nms", boxes, scores, idxs, iou_threshold)
+    backend = dispatch.choose("batched_nms", boxes, scores, idxs, iou_threshold)
     return _nms(boxes.detach(), scores.detach(), idxs, threshold, backend)
 
 
 def _check_nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> float:
     """Raise what is wrong with the arguments; return the threshold as a number."""
-    for name, x in (("boxes", boxes), ("scores", scores)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+    check_tensor("boxes", boxes)
+    check_tensor("scores", scores)
     if idxs is not None and (not isinstance(idxs, Tensor) or idxs.is_floating_point() or idxs.is_complex()):
         got = idxs.dtype if isinstance(idxs, Tensor) else type(idxs).__name__
         raise TypeError(f"idxs must be a tensor of integers, got {got}")
@@ -115,16 +112,14 @@ def batched_nms_reference(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_thres
     return torch.cat(kept) if kept else left
 
 
-def unsupported_reasons(backend: str, boxes: Tensor, *args: Any, **options: Any) -> list[str]:
-    """Say why ``backend`` cannot run either op on these arguments; an empty list means that it can."""
-    if backend == "triton":
-        reasons = _backend.triton_reasons(boxes)
-        if boxes.dtype == torch.float64:
-            reasons.append("the kernels compute in float32, got boxes of torch.float64")
-        return reasons
-    if backend == "cpp":
-        return native.reasons(boxes)
-    return []
+def _triton_reasons(boxes: Tensor, *_: Any, **__: Any) -> list[str]:
+    reasons = dispatch.triton_reasons(boxes)
+    if boxes.dtype == torch.float64:
+        reasons.append("the kernels compute in float32, got boxes of torch.float64")
+    return reasons
+
+
+_REASONS = {"triton": _triton_reasons, "cpp": lambda boxes, *_, **__: native.reasons(boxes)}
 
 
 # One op for both functions. It has no backward, and how many boxes it keeps is known only when it has run.
@@ -141,14 +136,7 @@ def _kept_indices(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_thresh
         end = torch.searchsorted(classes, classes, right=True)
     ordered = check_boxes("boxes", boxes.index_select(0, best_first.index_select(0, by_class)))
     threshold = _rounded_down(iou_threshold, ordered.dtype)
-    if backend == "triton":
-        from florence_fast.kernels.nms import nms_kept
-
-        kept = nms_kept(ordered, end.int(), threshold)
-    elif backend == "cpp":
-        kept = cpp.nms_kept(ordered, end, threshold)
-    else:
-        kept = _kept(ordered, end, threshold)
+    kept = _suppress.backend(backend).nms_kept(ordered, end, threshold)
     return best_first[torch.empty_like(kept).index_copy_(0, by_class, kept)]
 
 
@@ -174,43 +162,6 @@ def _rounded_down(threshold: float, dtype: torch.dtype) -> float:
     return rounded.item()
 
 
-def _kept(boxes: Tensor, end: Tensor, threshold: float) -> Tensor:
-    """Say which of the sorted boxes (N, 4) are kept, (N,) bool; ``end`` (N,) says where the class of each ends."""
-    alive = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-    coordinates = boxes.T.contiguous()
-    for start in range(0, len(boxes), BLOCK):
-        stop = min(start + BLOCK, len(boxes))
-        rows = start + alive[start:stop].nonzero().flatten()
-        columns = start + alive[start : int(end[stop - 1])].nonzero().flatten()
-        later = (columns > rows[:, None]) & (columns < end[rows][:, None])
-        hits = (_overlaps(coordinates[:, rows, None], coordinates[:, None, columns]) > threshold) & later
-        stays = _settle(hits[:, : len(rows)])
-        alive[columns[hits[stays].any(0)]] = False
-    return alive
-
-
-def _overlaps(rows: Tensor, columns: Tensor) -> Tensor:
-    """Compute ``box_iou`` of coordinates (4, R, 1) and (4, 1, N): the same bits, in contiguous passes over (R, N)."""
-    (x1, y1, x2, y2), (cx1, cy1, cx2, cy2) = rows, columns
-    width = torch.minimum(x2, cx2).sub_(torch.maximum(x1, cx1)).clamp_(min=0)
-    height = torch.minimum(y2, cy2).sub_(torch.maximum(y1, cy1)).clamp_(min=0)
-    intersection = width.mul_(height)
-    return intersection / (((x2 - x1) * (y2 - y1)) + ((cx2 - cx1) * (cy2 - cy1))).sub_(intersection)
-
-
-def _settle(hits: Tensor) -> Tensor:
-    """Say which boxes of a block are kept, (R,), if ``hits`` (R, R) says whom each would suppress, always later ones.
-
-    Each round settles at least one box more, and most blocks need three or four.
-    """
-    stays = torch.ones(len(hits), dtype=torch.bool, device=hits.device)
-    while True:
-        again = ~(hits & stays[:, None]).any(0)
-        if torch.equal(again, stays):
-            return stays
-        stays = again
-
-
 def _example_boxes(device: str) -> tuple[Tensor, Tensor]:
     corner, size = torch.rand(2, 40, 2, device=device)
     return torch.cat((corner, corner + size), 1), torch.rand(40, device=device)
@@ -225,8 +176,6 @@ def _batched_nms_example(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (boxes, scores, torch.arange(len(boxes), device=device) % 3, 0.3), {}
 
 
-_nms = _op.Op("nms", _kept_indices, _fake, _arguments, _entry_of)
-_backend.register_entry(_backend.OpEntry("nms", nms, nms_reference, unsupported_reasons, _nms_example))
-_backend.register_entry(
-    _backend.OpEntry("batched_nms", batched_nms, batched_nms_reference, unsupported_reasons, _batched_nms_example)
-)
+_suppress = Op(nms, nms_reference, example=_nms_example, reasons=_REASONS)
+Op(batched_nms, batched_nms_reference, example=_batched_nms_example, reasons=_REASONS)
+_nms = RegisteredOp("nms", _kept_indices, _fake, _arguments, _entry_of)

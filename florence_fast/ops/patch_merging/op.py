@@ -6,18 +6,16 @@ It stands between the stages of Swin (arXiv 2103.14030, section 3.1), and, along
 Letters: B batch · T frames · H W map height and width · C channels · M merged tokens of the whole batch.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from florence_fast import native
-from florence_fast.ops import _backend, _op
-from florence_fast.ops.patch_merging import cpp
-from florence_fast.ops.patch_merging import torch as torch_backend
+from florence_fast.ops import dispatch
+from florence_fast.ops.checks import check_eps, check_tensor
+from florence_fast.ops.spec import Op
 
 CHANNELS_STEP = 16
 MAX_TRITON_CHANNELS = 2048
@@ -54,12 +52,12 @@ def patch_merging(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Ten
     """
     tensors = (x, norm_weight, norm_bias, weight)
     _check_patch_merging(*tensors, eps)
-    backend = _backend.choose("patch_merging", *tensors, eps=eps)
-    x = _backend.autocast_input(x)
+    backend = dispatch.choose("patch_merging", *tensors, eps=eps)
+    x = dispatch.autocast_input(x)
     if backend == "reference":
         return patch_merging_reference(x, norm_weight, norm_bias, weight, eps=eps)
     maps = x.flatten(0, 1) if x.ndim == 5 else x
-    out = _patch_merging(maps, norm_weight, norm_bias, weight, eps, backend)[0]
+    out = _patch_merging(maps, norm_weight, norm_bias, weight, eps, backend)
     return out.unflatten(0, x.shape[:2]) if x.ndim == 5 else out
 
 
@@ -71,23 +69,12 @@ def _check_patch_merging(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weig
         raise ValueError(f"x must have shape (B, H, W, C) or (B, T, H, W, C), got {tuple(x.shape)}")
     if any(side == 0 for side in x.shape[1:]):
         raise ValueError(f"x must have a map of at least one token and one channel, got shape {tuple(x.shape)}")
-    if not isinstance(eps, (int, float)) or not eps >= 0:
-        raise ValueError(f"eps must be a number of at least 0, got {eps!r}")
+    check_eps(eps)
     channels = x.shape[-1]
-    _check_tensor("x", x, None, x.device)
-    _check_tensor("norm_weight", norm_weight, (4 * channels,), x.device)
-    _check_tensor("norm_bias", norm_bias, (4 * channels,), x.device)
-    _check_tensor("weight", weight, (2 * channels, 4 * channels), x.device)
-
-
-def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...] | None, device: torch.device) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if shape is not None and tuple(x.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on the device of x, {device}, got {x.device}")
+    check_tensor("x", x)
+    check_tensor("norm_weight", norm_weight, (4 * channels,), beside=x)
+    check_tensor("norm_bias", norm_bias, (4 * channels,), beside=x)
+    check_tensor("weight", weight, (2 * channels, 4 * channels), beside=x)
 
 
 def patch_merging_reference(
@@ -95,7 +82,7 @@ def patch_merging_reference(
 ) -> Tensor:
     """Define ``patch_merging`` in plain PyTorch: the same arguments and result, computed in at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    with _backend.without_autocast(x.device.type):
+    with dispatch.without_autocast(x.device.type):
         # written so that a size which is not known yet is seen to be even afterwards
         bottom, right = (2 * ((side + 1) // 2) - side for side in x.shape[-3:-1])
         full = F.pad(x.to(dtype), (0, 0, 0, right, 0, bottom))
@@ -106,82 +93,32 @@ def patch_merging_reference(
         return ((norm * norm_weight.to(dtype) + norm_bias.to(dtype)) @ weight.to(dtype).T).to(x.dtype)
 
 
-def unsupported_reasons(
-    backend: str, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, **_: Any
-) -> list[str]:
-    """Say why ``backend`` cannot run ``patch_merging`` on these arguments; an empty list means that it can."""
-    if backend == "triton":
-        return _triton_reasons(x, norm_weight, norm_bias, weight)
-    if backend == "cpp":
-        return native.reasons(x, norm_weight, norm_bias, weight)
-    return []
+def _cpp_reasons(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, **_: Any) -> list[str]:
+    return native.reasons(x, norm_weight, norm_bias, weight)
 
 
-def _triton_reasons(x: Tensor, *parameters: Tensor) -> list[str]:
-    reasons = _backend.triton_reasons(x)
-    channels, dtype = x.shape[-1], _backend.autocast_dtype(x)
+def _triton_reasons(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, **_: Any) -> list[str]:
+    reasons = dispatch.triton_reasons(x)
+    channels, dtype = x.shape[-1], dispatch.autocast_dtype(x)
     if channels % CHANNELS_STEP or channels > MAX_TRITON_CHANNELS:
         reasons.append(
             f"C must be a multiple of {CHANNELS_STEP} and at most {MAX_TRITON_CHANNELS} for the kernels, got {channels}"
         )
-    unknown = sorted({str(t) for t in (dtype, *(p.dtype for p in parameters)) if t not in _backend.TRITON_DTYPES})
+    unknown = sorted(
+        {str(t) for t in (dtype, norm_weight.dtype, norm_bias.dtype, weight.dtype) if t not in dispatch.TRITON_DTYPES}
+    )
     if unknown:
         reasons.append(f"tensors must be float16, bfloat16 or float32, got {', '.join(unknown)}")
-    if dtype == torch.bfloat16 and _backend.interpreting():
+    if dtype == torch.bfloat16 and dispatch.interpreting():
         reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
     return reasons
 
 
-def _arguments(*inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    return inputs[:4], {"eps": inputs[4]}
-
-
 # Nothing is kept for the backward: it walks through whole rows of x in any case, so that their mean and rstd cost
-# arithmetic that memory hides, where keeping them would cost 8 bytes a row. The second result is empty.
-def _forward(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    tensors = (x, norm_weight, norm_bias, weight)
-    if backend == "triton":
-        from florence_fast.kernels import patch_merging as kernels
-
-        out = kernels.patch_merging_fwd(*tensors, eps, _backend.allows_tf32(x))
-    else:
-        out = _without_triton(backend).patch_merging_fwd(*tensors, eps)
-    return out, x.new_empty(0)
-
-
-def _forward_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+# arithmetic that memory hides, where keeping them would cost 8 bytes a row.
+def _outputs(x: Tensor, *args: Any) -> Tensor:
     batch, height, width, channels = x.shape
-    return x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, 2 * channels), x.new_empty(0)
-
-
-def _backward(
-    grad_out: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    kept: Tensor,
-    needs: list[bool],
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = (x, norm_weight, norm_bias, weight)
-    if backend == "triton":
-        from florence_fast.kernels import patch_merging as kernels
-
-        grads = kernels.patch_merging_bwd(grad_out, *tensors, needs, eps, _backend.allows_tf32(x))
-    else:
-        grads = _without_triton(backend).patch_merging_bwd(grad_out, *tensors, needs, eps)
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors, needs = args[:4], args[5]
-    return tuple(
-        x.new_empty(x.shape) if need else grad_out.new_empty(0) for x, need in zip(tensors, needs, strict=True)
-    )
+    return x.new_empty(batch, (height + 1) // 2, (width + 1) // 2, 2 * channels)
 
 
 def _flops(x: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
@@ -190,25 +127,18 @@ def _flops(x: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     return 2 * batch * ((height + 1) // 2) * ((width + 1) // 2) * 8 * channels**2
 
 
-def _flops_backward(grad_out: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    """Two products; what needs no gradient counts all the same."""
-    return 2 * _flops(*args, **kwargs)
-
-
-def _without_triton(backend: str) -> ModuleType:
-    """Return the module of a backend whose arguments are the tensors and eps alone."""
-    return cpp if backend == "cpp" else torch_backend
-
-
 def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     x = torch.randn(2, 7, 7, 32, device=device)
     norm_weight, norm_bias = torch.randn(2, 128, device=device)
     return (x, norm_weight, norm_bias, torch.randn(64, 128, device=device)), {}
 
 
-_patch_merging = _op.define("patch_merging", 4, _forward, _forward_fake, _backward, _backward_fake, _arguments)
-register_flop_formula(torch.ops.florence_fast.patch_merging)(_flops)
-register_flop_formula(torch.ops.florence_fast.patch_merging_backward)(_flops_backward)
-_backend.register_entry(
-    _backend.OpEntry("patch_merging", patch_merging, patch_merging_reference, unsupported_reasons, _example)
+_patch_merging = Op(
+    patch_merging,
+    patch_merging_reference,
+    example=_example,
+    reasons={"triton": _triton_reasons, "cpp": _cpp_reasons},
+    tensors=4,
+    outputs=_outputs,
+    flops=_flops,
 )

@@ -6,24 +6,23 @@ stands between the processes of a distributed run.
 Letters: B pairs · R rows (images here) · N columns (texts) · D embedding dim · S = logit_scale * rows cols^T + bias.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.ops import _backend, _op
+from florence_fast.ops import dispatch
 from florence_fast.ops.logits.checks import (
     all_logits,
     check_features,
     check_labels,
     check_scalar,
+    cpp_reasons,
     labels_of_both,
-    reasons_against,
+    triton_reasons,
 )
-from florence_fast.ops.sigmoid_loss import cpp
-from florence_fast.ops.sigmoid_loss import torch as torch_backend
+from florence_fast.ops.spec import Op
 
 
 def sigmoid_loss(
@@ -66,7 +65,7 @@ def sigmoid_loss(
     scale = check_features(image_features, text_features, logit_scale, chunk_size, unequal=True)
     bias = check_scalar("logit_bias", logit_bias, image_features)
     check_labels(image_features, text_features, labels, text_labels, unequal=True)
-    if _backend.choose("sigmoid_loss", image_features) == "reference":
+    if dispatch.choose("sigmoid_loss", image_features) == "reference":
         return sigmoid_loss_reference(image_features, text_features, scale, bias, labels, text_labels=text_labels)
     both = labels_of_both(image_features, text_features, labels, text_labels)
     return sigmoid_loss_of_rows(image_features, text_features, scale, bias, *both, chunk_size=chunk_size).mean()
@@ -83,11 +82,11 @@ def sigmoid_loss_of_rows(
     chunk_size: int | None = None,
 ) -> Tensor:
     """Return -sum_j log sigmoid(z_ij S_ij) for every row i, (R,) in the dtype of the loss; arguments are checked."""
-    backend = _backend.choose("sigmoid_loss", rows)
+    backend = dispatch.choose("sigmoid_loss", rows)
     tensors = (rows, cols, scale, bias, row_labels, col_labels)
     if backend == "reference":
         return _rows_reference(*tensors)
-    return _sigmoid_loss(*tensors, chunk_size or 0, backend)[0]
+    return _sigmoid_loss(*tensors, chunk_size or 0, backend)
 
 
 def sigmoid_loss_reference(
@@ -117,11 +116,6 @@ def _rows_reference(
     return -F.logsigmoid(torch.where(row_labels[:, None] == col_labels, logits, -logits)).sum(1)
 
 
-def unsupported_reasons(backend: str, image_features: Tensor, *args: Any, **options: Any) -> list[str]:
-    """Say why ``backend`` cannot run ``sigmoid_loss`` on these arguments; an empty list means that it can."""
-    return reasons_against("sigmoid_loss", backend, image_features)
-
-
 def _arguments(*inputs: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return inputs[:5], {}
 
@@ -131,46 +125,8 @@ def _differentiable_rows(*inputs: Any) -> Tensor:
     return _rows_reference(*inputs[:6])
 
 
-def _forward(
-    rows: Tensor,
-    cols: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_labels: Tensor,
-    col_labels: Tensor,
-    chunk_size: int,
-    backend: str,
-) -> tuple[Tensor]:
-    tensors = (rows, cols, scale, bias, row_labels, col_labels)
-    return (_implementation(backend).sigmoid_loss_fwd(*tensors, chunk_size),)
-
-
-def _forward_fake(rows: Tensor, *args: Any) -> tuple[Tensor]:
-    return (rows.new_empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32)),)
-
-
-def _backward(
-    grad_out: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_labels: Tensor,
-    col_labels: Tensor,
-    needs: list[bool],
-    chunk_size: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (rows, cols, scale, bias, row_labels, col_labels)
-    grads = _implementation(backend).sigmoid_loss_bwd(grad_out, *tensors, needs, chunk_size)
-    return tuple(rows.new_empty(0) if grad is None else grad for grad in (*grads, None, None))
-
-
-def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, needs = args[:6], args[6]
-    return tuple(
-        x.new_empty(x.shape) if need else tensors[0].new_empty(0) for x, need in zip(tensors, needs, strict=True)
-    )
+def _outputs(rows: Tensor, *args: Any) -> Tensor:
+    return rows.new_empty(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 def _example(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -179,18 +135,13 @@ def _example(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (*features, *scalars, torch.tensor([3, 1, 3, 4, 1, 3], device=device)), {}
 
 
-def _implementation(backend: str) -> ModuleType:
-    """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
-    if backend == "triton":
-        from florence_fast.ops.sigmoid_loss import triton
-
-        return triton
-    return cpp if backend == "cpp" else torch_backend
-
-
-_sigmoid_loss = _op.define(
-    "sigmoid_loss", 6, _forward, _forward_fake, _backward, _backward_fake, _arguments, _differentiable_rows
-)
-_backend.register_entry(
-    _backend.OpEntry("sigmoid_loss", sigmoid_loss, sigmoid_loss_reference, unsupported_reasons, _example)
+_sigmoid_loss = Op(
+    sigmoid_loss,
+    sigmoid_loss_reference,
+    example=_example,
+    reasons={"triton": triton_reasons, "cpp": cpp_reasons},
+    tensors=6,
+    outputs=_outputs,
+    arguments=_arguments,
+    definition=_differentiable_rows,
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from florence_fast.kernels import sigmoid_loss as kernels
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 from florence_fast.ops.logits.by_label import ByLabel, unsorted
 from florence_fast.ops.logits.triton import Span, chunked_gradients
 
@@ -30,7 +30,7 @@ def sigmoid_loss_fwd(
         bias.float(),
         ordered.row_labels,
         ordered.col_labels,
-        _backend.allows_tf32(rows),
+        dispatch.allows_tf32(rows),
     )
     return unsorted(loss, ordered.row_order)
 
@@ -47,7 +47,7 @@ def sigmoid_loss_bwd(
     chunk_size: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of rows (R, D), cols (N, D), scale () and bias (), None where ``needs`` is false."""
-    ordered, tf32 = ByLabel(rows, cols, row_labels, col_labels), _backend.allows_tf32(rows)
+    ordered, tf32 = ByLabel(rows, cols, row_labels, col_labels), dispatch.allows_tf32(rows)
     drow, dbias = drow.float()[ordered.row_order], torch.zeros_like(bias, dtype=torch.float32)
 
     def write_grad(row_span: Span, col_span: Span, grad: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from florence_fast import native
-from florence_fast.ops._windows import MAX_LOG_SCALE, Size, cut_map
+from florence_fast.ops.windows import MAX_LOG_SCALE, Size, cut_map
 
 
 def window_attention_fwd(
@@ -22,7 +22,8 @@ def window_attention_fwd(
     *values: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the result and an empty tensor; ``values`` are window_size to cyclic, then train."""
-    geometry, scale = _geometry(qkv, *values[:-1])
+    window_size, num_heads, shift_size, scale, pad_mode, cyclic, _ = values
+    geometry = _geometry(qkv.shape, tuple(window_size), num_heads, tuple(shift_size), pad_mode, tuple(cyclic))
     out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
     if out.numel():
         tensors = _extras(rel_pos_bias_table, bias, logit_scale, qkv_bias)
@@ -42,7 +43,8 @@ def window_attention_bwd(
     *values: Any,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of qkv, table, bias, logit_scale and qkv_bias, None where ``needs`` is false."""
-    geometry, scale = _geometry(qkv, *values)
+    window_size, num_heads, shift_size, scale, pad_mode, cyclic = values
+    geometry = _geometry(qkv.shape, tuple(window_size), num_heads, tuple(shift_size), pad_mode, tuple(cyclic))
     tensors = _extras(rel_pos_bias_table, bias, logit_scale, qkv_bias)
     d_qkv = qkv.new_empty(qkv.shape) if needs[0] else None
     grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needs[1:], strict=True)]
@@ -60,24 +62,11 @@ def window_attention_bwd(
     return d_qkv, *(None if g is None else g.to(x.dtype) for g, x in zip(grads, originals, strict=True))
 
 
-def _geometry(
-    qkv: Tensor,
-    window_size: list[int],
-    num_heads: int,
-    shift_size: list[int],
-    scale: float,
-    pad_mode: str,
-    cyclic: list[bool],
-) -> tuple[list[int], float]:
-    """Write the cut of the map out as csrc/kernels.h wants it; beside it the scale."""
-    return _cut(tuple(qkv.shape), tuple(window_size), num_heads, tuple(shift_size), pad_mode, tuple(cyclic)), scale
-
-
 @functools.lru_cache(maxsize=256)
-def _cut(
+def _geometry(
     shape: tuple[int, ...], window_size: Size, num_heads: int, shift_size: Size, pad_mode: str, cyclic: tuple[bool, ...]
 ) -> list[int]:
-    """Give the members of WindowGeometry in their order."""
+    """Give the members of WindowGeometry of csrc/kernels.h in their order."""
     cut = cut_map(shape[1:-1], window_size, shift_size)
     flat = 3 - len(cut.size)
     per_axis = ((cut.size, 1), (cut.window, 1), (window_size, 1), (cut.shift, 0), (cyclic, 0))
@@ -92,8 +81,15 @@ def _extras(
     """Give what is added to the scores in float32, the factor of the cosines in place of its logarithm."""
     if logit_scale is not None:
         logit_scale = logit_scale.flatten().float().clamp(max=MAX_LOG_SCALE).exp()
-    return [None if x is None else x.float().contiguous() for x in (table, bias, logit_scale, qkv_bias)]
+    # Loops, because a comprehension costs a call.
+    extras: list[Tensor | None] = []
+    for x in (table, bias, logit_scale, qkv_bias):
+        extras.append(None if x is None else x.float().contiguous())
+    return extras
 
 
 def _addresses(tensors: list[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
+    addresses = []
+    for x in tensors:
+        addresses.append(0 if x is None else x.data_ptr())
+    return addresses

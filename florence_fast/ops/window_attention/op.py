@@ -7,9 +7,9 @@ Letters: B batch · T frames · H W map height and width · C channels · M wind
 h heads · d head dim.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from florence_fast import native
 from florence_fast.errors import unknown
-from florence_fast.ops import _backend, _op
-from florence_fast.ops._windows import (
+from florence_fast.ops import dispatch
+from florence_fast.ops.checks import check_tensor, per_axis
+from florence_fast.ops.spec import Op
+from florence_fast.ops.windows import (
     MAX_LOG_SCALE,
     blocked_pairs,
     corner_index,
@@ -31,8 +33,6 @@ from florence_fast.ops._windows import (
     partition,
     window_and_grid,
 )
-from florence_fast.ops.window_attention import cpp
-from florence_fast.ops.window_attention import torch as torch_backend
 
 PAD_MODES = ("mask", "bias")
 
@@ -106,15 +106,14 @@ def window_attention(
         "cyclic": cyclic,
     }
     window, shift, wraps = _check_window_attention(qkv, rel_pos_bias_table, **options)
-    backend = _backend.choose("window_attention", qkv, rel_pos_bias_table, **options)
-    qkv = _backend.autocast_input(qkv)
+    backend = dispatch.choose("window_attention", qkv, rel_pos_bias_table, **options)
+    qkv = dispatch.autocast_input(qkv)
     if backend == "reference":
         return window_attention_reference(qkv, rel_pos_bias_table, **options)
     if scale is None:
         scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
     tensors = (qkv, rel_pos_bias_table, bias, logit_scale, qkv_bias)
-    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _window_attention(*tensors, window, num_heads, shift, scale, pad_mode, wraps, train, backend)[0]
+    return _window_attention(*tensors, window, num_heads, shift, scale, pad_mode, wraps, backend)[0]
 
 
 def _check_window_attention(
@@ -136,23 +135,8 @@ def _check_window_attention(
         raise ValueError(f"num_heads must be a positive int, got {num_heads!r}")
     if not isinstance(qkv, Tensor):
         raise TypeError(f"qkv must be a tensor, got {type(qkv).__name__}")
-    if qkv.ndim not in (4, 5) or qkv.shape[-1] % (3 * num_heads) or qkv.shape[-1] == 0:
-        raise ValueError(
-            f"qkv must have shape (B, H, W, 3*C) or (B, T, H, W, 3*C) with C divisible by num_heads={num_heads}, "
-            f"got {tuple(qkv.shape)}"
-        )
-    size, channels = qkv.shape[1:-1], qkv.shape[-1]
-    if any(side == 0 for side in size):
-        raise ValueError(f"qkv must have a map of at least one token, got shape {tuple(qkv.shape)}")
-    window = [int(w) for w in _per_axis("window_size", window_size, len(size), int)]
-    shift = [int(s) if isinstance(s, int) else s for s in _per_axis("shift_size", shift_size, len(size), int)]
-    wraps = [bool(c) for c in _per_axis("cyclic", cyclic, len(size), bool)]
-    if min(window) < 1:
-        raise ValueError(f"window_size must be positive on every axis, got {window_size!r}")
-    if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
-        raise ValueError(
-            f"shift_size must be in [0, window_size) on every axis, got {shift_size!r} for {window_size!r}"
-        )
+    sizes = (qkv.shape, window_size, num_heads, shift_size, cyclic)
+    window, shift, wraps, offsets, tokens = (_check_sizes_once if _are_plain(*sizes) else _check_sizes)(*sizes)
     if pad_mode not in PAD_MODES:
         raise unknown("pad_mode", pad_mode, PAD_MODES)
     if rel_pos_bias_table is not None and bias is not None:
@@ -163,36 +147,64 @@ def _check_window_attention(
         raise ValueError("pad_mode='bias' fills the pads with qkv_bias, which must be given")
     if pad_mode == "mask" and qkv_bias is not None:
         raise ValueError("qkv_bias only fills the pads of pad_mode='bias', got it with pad_mode='mask'")
-    tokens = math.prod(window)
-    offsets = math.prod([2 * w - 1 for w in window])
-    _check_tensor("qkv", qkv, None, qkv.device)
-    _check_tensor("rel_pos_bias_table", rel_pos_bias_table, [(offsets, num_heads)], qkv.device)
-    _check_tensor("bias", bias, [(num_heads, tokens, tokens)], qkv.device)
-    _check_tensor("logit_scale", logit_scale, [(num_heads,), (num_heads, 1, 1)], qkv.device)
-    _check_tensor("qkv_bias", qkv_bias, [(channels,)], qkv.device)
-    return window, shift, wraps
+    check_tensor("qkv", qkv)
+    if rel_pos_bias_table is not None:
+        check_tensor("rel_pos_bias_table", rel_pos_bias_table, (offsets, num_heads), beside=qkv, owner="qkv")
+    if bias is not None:
+        check_tensor("bias", bias, (num_heads, tokens, tokens), beside=qkv, owner="qkv")
+    if logit_scale is not None:
+        check_tensor("logit_scale", logit_scale, (num_heads,), (num_heads, 1, 1), beside=qkv, owner="qkv")
+    if qkv_bias is not None:
+        check_tensor("qkv_bias", qkv_bias, (qkv.shape[-1],), beside=qkv, owner="qkv")
+    return list(window), list(shift), list(wraps)
 
 
-def _per_axis(name: str, value: Any, axes: int, kind: type) -> Sequence[Any]:
-    kinds = (kind, torch.SymInt) if torch.compiler.is_exporting() else kind
-    values = [value] * axes if isinstance(value, kinds) else value
-    if not isinstance(values, Sequence) or len(values) != axes or not all(isinstance(v, kinds) for v in values):
+def _check_sizes(
+    shape: Sequence[int],
+    window_size: int | Sequence[int],
+    num_heads: int,
+    shift_size: int | Sequence[int],
+    cyclic: bool | Sequence[bool],
+) -> tuple[Sequence[int], Sequence[int], Sequence[bool], int, int]:
+    """Raise what is wrong with the sizes; return window, shift and cyclic per axis, the table's rows, and N."""
+    if len(shape) not in (4, 5) or shape[-1] % (3 * num_heads) or shape[-1] == 0:
         raise ValueError(
-            f"{name} must be one {kind.__name__} or {axes} of them, one per axis of the map, got {value!r}"
+            f"qkv must have shape (B, H, W, 3*C) or (B, T, H, W, 3*C) with C divisible by num_heads={num_heads}, "
+            f"got {tuple(shape)}"
         )
-    return values
+    size = shape[1:-1]
+    if any(side == 0 for side in size):
+        raise ValueError(f"qkv must have a map of at least one token, got shape {tuple(shape)}")
+    window = [int(w) for w in per_axis("window_size", window_size, len(size))]
+    shift = [int(s) if isinstance(s, int) else s for s in per_axis("shift_size", shift_size, len(size))]
+    wraps = [bool(c) for c in per_axis("cyclic", cyclic, len(size), bool)]
+    if min(window) < 1:
+        raise ValueError(f"window_size must be positive on every axis, got {window_size!r}")
+    if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
+        raise ValueError(
+            f"shift_size must be in [0, window_size) on every axis, got {shift_size!r} for {window_size!r}"
+        )
+    return window, shift, wraps, math.prod([2 * w - 1 for w in window]), math.prod(window)
 
 
-def _check_tensor(name: str, x: Tensor | None, shapes: list[tuple[int, ...]] | None, device: torch.device) -> None:
-    if x is None:
-        return
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
-    if shapes and tuple(x.shape) not in shapes:
-        raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} must be on the device of qkv, {device}, got {x.device}")
+_check_sizes_once = functools.lru_cache(maxsize=1024)(_check_sizes)
+_INT, _BOOL = frozenset({int}), frozenset({bool})
+
+
+def _are_plain(
+    shape: Sequence[int],
+    window_size: int | Sequence[int],
+    num_heads: int,
+    shift_size: int | Sequence[int],
+    cyclic: bool | Sequence[bool],
+) -> bool:
+    """Say whether sizes that are equal to these are right if these are; nothing that is traced is plain."""
+    if torch.compiler.is_dynamo_compiling() or type(num_heads) is not int or not _INT.issuperset(map(type, shape)):
+        return False
+    for value, kind in ((window_size, _INT), (shift_size, _INT), (cyclic, _BOOL)):
+        if type(value) not in kind and not (type(value) is tuple and kind.issuperset(map(type, value))):
+            return False
+    return True
 
 
 def window_attention_reference(
@@ -216,7 +228,7 @@ def window_attention_reference(
     )
     cut = cut_map(qkv.shape[1:-1], full, shift)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
-    with _backend.without_autocast(qkv.device.type):
+    with dispatch.without_autocast(qkv.device.type):
         q, k, v = partition(qkv, cut, 3, num_heads, dtype, fill=qkv_bias)
         if logit_scale is None:
             scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -239,19 +251,13 @@ def window_attention_reference(
         return crop(merge(out[None], cut, qkv.dtype), cut)
 
 
-def unsupported_reasons(
-    backend: str, qkv: Tensor, rel_pos_bias_table: Tensor | None = None, **options: Any
-) -> list[str]:
-    """Say why ``backend`` cannot run ``window_attention`` on these arguments; an empty list means that it can."""
-    if backend == "triton":
-        return _triton_reasons(qkv, **options)
-    if backend == "cpp":
-        return native.reasons(qkv, rel_pos_bias_table, *map(options.get, ("bias", "logit_scale", "qkv_bias")))
-    return []
+def _cpp_reasons(qkv: Tensor, rel_pos_bias_table: Tensor | None = None, **options: Any) -> list[str]:
+    return native.reasons(qkv, rel_pos_bias_table, *map(options.get, ("bias", "logit_scale", "qkv_bias")))
 
 
 def _triton_reasons(
     qkv: Tensor,
+    rel_pos_bias_table: Tensor | None = None,
     *,
     window_size: int | Sequence[int],
     num_heads: int,
@@ -259,7 +265,7 @@ def _triton_reasons(
     **_: Any,
 ) -> list[str]:
     # The window that is asked for is looked at, not the map: a compiled function must not depend on the map's size.
-    reasons = _backend.triton_reasons(qkv)
+    reasons = dispatch.triton_reasons(qkv)
     sides = [window_size] * (qkv.ndim - 2) if isinstance(window_size, int) else window_size
     tokens = math.prod(sides)
     if tokens > MAX_TRITON_TOKENS:
@@ -269,56 +275,17 @@ def _triton_reasons(
     head_dim = qkv.shape[-1] // (3 * num_heads)
     if head_dim not in TRITON_HEAD_DIMS:
         reasons.append(f"the head dim must be one of {TRITON_HEAD_DIMS}, got {head_dim}")
-    dtype = _backend.autocast_dtype(qkv)
-    if dtype not in _backend.TRITON_DTYPES:
+    dtype = dispatch.autocast_dtype(qkv)
+    if dtype not in dispatch.TRITON_DTYPES:
         reasons.append(f"qkv must be float16, bfloat16 or float32, got {dtype}")
-    if dtype == torch.bfloat16 and _backend.interpreting():
+    if dtype == torch.bfloat16 and dispatch.interpreting():
         reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
     if scale is not None and not scale >= MIN_TRITON_SCALE:
         reasons.append(f"the kernels divide the bias by the scale, which must be at least {MIN_TRITON_SCALE}")
     return reasons
 
 
-def _arguments(
-    qkv: Tensor,
-    rel_pos_bias_table: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor | None,
-    qkv_bias: Tensor | None,
-    window_size: list[int],
-    num_heads: int,
-    shift_size: list[int],
-    scale: float,
-    pad_mode: str,
-    cyclic: list[bool],
-    train: bool,
-) -> tuple[tuple[Tensor, Tensor | None], dict[str, Any]]:
-    options = {"window_size": window_size, "num_heads": num_heads, "shift_size": shift_size, "scale": scale}
-    options |= {"bias": bias, "logit_scale": logit_scale, "pad_mode": pad_mode, "qkv_bias": qkv_bias, "cyclic": cyclic}
-    return (qkv, rel_pos_bias_table), options
-
-
-def _forward(
-    qkv: Tensor,
-    rel_pos_bias_table: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor | None,
-    qkv_bias: Tensor | None,
-    window_size: list[int],
-    num_heads: int,
-    shift_size: list[int],
-    scale: float,
-    pad_mode: str,
-    cyclic: list[bool],
-    train: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    tensors = (qkv, rel_pos_bias_table, bias, logit_scale, qkv_bias)
-    values = (window_size, num_heads, shift_size, scale, pad_mode, cyclic)
-    return _implementation(backend).window_attention_fwd(*tensors, *values, train)
-
-
-def _forward_fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _outputs(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     window_size, num_heads, *_, train, backend = args[4:]
     out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
     window, grid = window_and_grid(qkv.shape[1:-1], tuple(window_size))
@@ -332,55 +299,17 @@ def _forward_fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return out, qkv.new_empty((*rows, rows[-1]) if train else 0)
 
 
-def _backward(
-    grad_out: Tensor,
-    qkv: Tensor,
-    rel_pos_bias_table: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor | None,
-    qkv_bias: Tensor | None,
-    kept: Tensor,
-    needs: list[bool],
-    window_size: list[int],
-    num_heads: int,
-    shift_size: list[int],
-    scale: float,
-    pad_mode: str,
-    cyclic: list[bool],
-    train: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors = (qkv, rel_pos_bias_table, bias, logit_scale, qkv_bias)
-    values = (window_size, num_heads, shift_size, scale, pad_mode, cyclic)
-    grads = _implementation(backend).window_attention_bwd(grad_out, *tensors, kept, needs, *values)
-    return tuple(qkv.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, needs = args[:5], args[6]
-    return tuple(
-        x.new_empty(x.shape) if need else grad_out.new_empty(0) for x, need in zip(tensors, needs, strict=True)
-    )
-
-
 def _example(device: str) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
     qkv = torch.randn(2, 14, 14, 3 * 64, device=device)
     table = torch.zeros(13 * 13, 2, device=device)
     return (qkv, table), {"window_size": 7, "num_heads": 2, "shift_size": 3}
 
 
-def _implementation(backend: str) -> ModuleType:
-    """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
-    if backend == "triton":
-        from florence_fast.ops.window_attention import triton
-
-        return triton
-    if backend == "cpp":
-        return cpp
-    return torch_backend
-
-
-_window_attention = _op.define("window_attention", 5, _forward, _forward_fake, _backward, _backward_fake, _arguments)
-_backend.register_entry(
-    _backend.OpEntry("window_attention", window_attention, window_attention_reference, unsupported_reasons, _example)
+_window_attention = Op(
+    window_attention,
+    window_attention_reference,
+    example=_example,
+    reasons={"triton": _triton_reasons, "cpp": _cpp_reasons},
+    tensors=5,
+    outputs=_outputs,
 )

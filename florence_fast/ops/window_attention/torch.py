@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from florence_fast.ops._product import widens
-from florence_fast.ops._windows import (
+from florence_fast.ops.windows import (
     MAX_LOG_SCALE,
     Cut,
     blocked_pairs,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from florence_fast.kernels import window_attention as kernels
 from florence_fast.kernels.targets import target_of
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 from florence_fast.ops.window_attention import torch as torch_backend
 
 HOPPER = 90
@@ -33,7 +33,7 @@ def window_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return the result and what is kept; ``values`` are window_size to cyclic, then train."""
     return kernels.window_attention_fwd(
-        qkv, rel_pos_bias_table, bias, qkv_bias, *values, tf32=_backend.allows_tf32(qkv), logit_scale=logit_scale
+        qkv, rel_pos_bias_table, bias, qkv_bias, *values, tf32=dispatch.allows_tf32(qkv), logit_scale=logit_scale
     )
 
 
@@ -49,7 +49,7 @@ def window_attention_bwd(
     *values: Any,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of qkv, table, bias, logit_scale and qkv_bias, None where ``needs`` is false."""
-    tf32 = _backend.allows_tf32(qkv)
+    tf32 = dispatch.allows_tf32(qkv)
     safe_dots = logit_scale is None and needs_safe_dots(qkv, tf32, *values)
     *grads, dqkv_bias, dlogit_scale = kernels.window_attention_bwd(
         grad_out,

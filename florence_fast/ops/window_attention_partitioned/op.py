@@ -7,14 +7,13 @@ Letters: B batch · M windows of one map · N tokens in one window · h heads ·
 """
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from florence_fast.ops import _backend, _op
-from florence_fast.ops.window_attention_partitioned import torch as torch_backend
+from florence_fast.ops import dispatch
+from florence_fast.ops.spec import Op
 
 MAX_TRITON_TOKENS = 784
 MAX_TRITON_HEAD_DIM = 128
@@ -57,14 +56,12 @@ def window_attention_partitioned(
     torch.Size([8, 3, 49, 32])
     """
     _check_window_attention_partitioned(q, k, v, bias, mask, scale)
-    backend = _backend.choose("window_attention_partitioned", q, k, v, bias, mask, scale)
-    q, k, v = map(_backend.autocast_input, (q, k, v))
+    backend = dispatch.choose("window_attention_partitioned", q, k, v, bias, mask, scale)
+    q, k, v = map(dispatch.autocast_input, (q, k, v))
     if backend == "reference":
         return window_attention_partitioned_reference(q, k, v, bias, mask, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    tensors = (q, k, v, bias, mask)
-    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _window_attention_partitioned(*tensors, scale, train, backend)[0]
+    return _window_attention_partitioned(q, k, v, bias, mask, scale, backend)[0]
 
 
 def _check_window_attention_partitioned(
@@ -109,7 +106,7 @@ def window_attention_partitioned_reference(
 ) -> Tensor:
     """Define ``window_attention_partitioned`` in plain PyTorch: the same, computed in at least float32."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    with _backend.without_autocast(q.device.type):
+    with dispatch.without_autocast(q.device.type):
         scores = q.to(wide) @ k.to(wide).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
         if bias is not None:
             scores = scores + bias
@@ -121,86 +118,26 @@ def window_attention_partitioned_reference(
         return (scores.softmax(-1).to(wide) @ v.to(wide)).to(q.dtype)
 
 
-def unsupported_reasons(backend: str, q: Tensor, *_: Any, **__: Any) -> list[str]:
-    """Say why ``backend`` cannot run ``window_attention_partitioned``; an empty list means that it can."""
-    if backend == "triton":
-        return _triton_reasons(q)
-    if backend == "cpp":
-        return ["no native kernel for window_attention_partitioned in this version"]
-    return []
-
-
-def _triton_reasons(q: Tensor) -> list[str]:
-    reasons, dtype = _backend.triton_reasons(q), _backend.autocast_dtype(q)
+def _triton_reasons(q: Tensor, *_: Any, **__: Any) -> list[str]:
+    reasons, dtype = dispatch.triton_reasons(q), dispatch.autocast_dtype(q)
     tokens, head_dim = q.shape[2:]
     if tokens > MAX_TRITON_TOKENS:
         reasons.append(f"the kernels hold at most {MAX_TRITON_TOKENS} tokens a window, got {tokens}")
     if head_dim > MAX_TRITON_HEAD_DIM:
         reasons.append(f"the kernels hold at most {MAX_TRITON_HEAD_DIM} channels a head, got {head_dim}")
-    if dtype not in _backend.TRITON_DTYPES:
+    if dtype not in dispatch.TRITON_DTYPES:
         reasons.append(f"q must be float16, bfloat16 or float32, got {dtype}")
-    if dtype == torch.bfloat16 and _backend.interpreting():
+    if dtype == torch.bfloat16 and dispatch.interpreting():
         reasons.append("Triton's interpreter multiplies the bits of bfloat16, not their values")
     return reasons
 
 
-def _arguments(*inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return inputs[:6], {}
-
-
 # The kernels keep a float32 a row, the log-sum-exp: they compute the probabilities anew. The library calls keep these.
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    train: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _implementation(backend).window_attention_partitioned_fwd(q, k, v, bias, mask, scale, train)
-
-
-def _forward_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     train, backend = args[-2:]
     if backend == "triton":
         return q.new_empty(q.shape), q.new_empty(q.shape[:3] if train else 0, dtype=torch.float32)
     return q.new_empty(q.shape), q.new_empty((*q.shape[:-1], q.shape[2]) if train else 0)
-
-
-def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    kept: Tensor,
-    needs: list[bool],
-    scale: float,
-    train: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    implementation = _implementation(backend)
-    grads = implementation.window_attention_partitioned_bwd(grad_out, q, k, v, bias, mask, kept, needs, scale)
-    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
-
-
-def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tensors, needs = args[:5], args[6]
-    return tuple(
-        x.new_empty(x.shape) if need else grad_out.new_empty(0) for x, need in zip(tensors, needs, strict=True)
-    )
-
-
-def _implementation(backend: str) -> ModuleType:
-    """Return the module of a backend; that of the kernels needs triton, so it is imported where it is used."""
-    if backend == "triton":
-        from florence_fast.ops.window_attention_partitioned import triton
-
-        return triton
-    return torch_backend
 
 
 def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -209,15 +146,11 @@ def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     return (q, k, v, torch.zeros(2, 16, 16, device=device)), {"mask": mask}
 
 
-_window_attention_partitioned = _op.define(
-    "window_attention_partitioned", 5, _forward, _forward_fake, _backward, _backward_fake, _arguments
-)
-_backend.register_entry(
-    _backend.OpEntry(
-        "window_attention_partitioned",
-        window_attention_partitioned,
-        window_attention_partitioned_reference,
-        unsupported_reasons,
-        _example,
-    )
+_window_attention_partitioned = Op(
+    window_attention_partitioned,
+    window_attention_partitioned_reference,
+    example=_example,
+    reasons={"triton": _triton_reasons},
+    tensors=5,
+    outputs=_outputs,
 )

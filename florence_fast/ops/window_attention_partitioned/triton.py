@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from florence_fast.kernels import window_attention_partitioned as kernels
-from florence_fast.ops import _backend
+from florence_fast.ops import dispatch
 
 
 def window_attention_partitioned_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -18,7 +18,7 @@ def window_attention_partitioned_fwd(q: Tensor, *arguments: Any) -> tuple[Tensor
 
     ``arguments`` are k, v, bias, mask, scale and train.
     """
-    return kernels.window_attention_partitioned_fwd(q, *arguments, tf32=_backend.allows_tf32(q))
+    return kernels.window_attention_partitioned_fwd(q, *arguments, tf32=dispatch.allows_tf32(q))
 
 
 def window_attention_partitioned_bwd(grad_out: Tensor, q: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
@@ -26,4 +26,4 @@ def window_attention_partitioned_bwd(grad_out: Tensor, q: Tensor, *arguments: An
 
     ``arguments`` are k, v, bias, mask, the log-sum-exp, needs and scale.
     """
-    return kernels.window_attention_partitioned_bwd(grad_out, q, *arguments, tf32=_backend.allows_tf32(q))
+    return kernels.window_attention_partitioned_bwd(grad_out, q, *arguments, tf32=dispatch.allows_tf32(q))

@@ -8,17 +8,19 @@ torch.compile sees a constant.
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from florence_fast import env
+from florence_fast import env, ranges
 from florence_fast.errors import unknown
+
+if TYPE_CHECKING:
+    from florence_fast.ops.spec import Op
 
 BACKENDS = ("triton", "cpp", "torch", "reference")
 """In the order in which ``auto`` tries them."""
@@ -33,26 +35,8 @@ _own = threading.local()
 _own.names = _forced
 
 
-@dataclass(frozen=True)
-class OpEntry:
-    """One op, as tests, benchmarks, ``florence-fast info`` and the documentation iterate over it."""
-
-    name: str
-    function: Callable[..., Any]
-    reference: Callable[..., Any]
-    unsupported_reasons: Callable[..., list[str]]
-    """``unsupported_reasons(backend, *args, **kwargs)`` with the arguments of ``function``."""
-    make_example: Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]
-    plain: bool = False
-    """Whether every backend is made of PyTorch's own operations, which it transforms, differentiates and exports."""
-
-    def example(self, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Make small ``args, kwargs`` that ``function`` accepts; the state of the random numbers stays as it was."""
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
-            return self.make_example(device)
-
-
-OPS: dict[str, OpEntry] = {}
+OPS: dict[str, "Op"] = {}
+"""Every op by its name, as tests, benchmarks, ``florence-fast info`` and the documentation iterate over it."""
 
 
 class Explanation(NamedTuple):
@@ -61,12 +45,6 @@ class Explanation(NamedTuple):
     op: str
     backend: str
     reasons: list[str]
-
-
-def register_entry(entry: OpEntry) -> None:
-    """Put an op into ``OPS``."""
-    assert entry.name not in OPS, f"the op {entry.name!r} is registered twice"
-    OPS[entry.name] = entry
 
 
 @contextmanager
@@ -105,7 +83,8 @@ def backend_in_force() -> str:
     if names:
         return names[-1]
     name = env.read("FLORENCE_FAST_BACKEND")
-    _check_name("FLORENCE_FAST_BACKEND", name)
+    if name != "auto":
+        _check_name("FLORENCE_FAST_BACKEND", name)
     return name
 
 
@@ -121,7 +100,13 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
     """
     entry = OPS[op]
     forced = backend_in_force()
-    if not entry.plain and (is_transformed() or _is_onnx_exported()):
+    exported = torch.compiler.is_exporting()
+    recorded = exported or not (torch.compiler.is_dynamo_compiling() or torch._C._get_tracing_state() is None)
+    if not entry.plain and (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (recorded and torch.onnx.is_in_onnx_export())
+    ):
         if forced in ("auto", "reference"):
             return "reference"
         raise RuntimeError(
@@ -129,7 +114,7 @@ def choose(op: str, *args: Any, **kwargs: Any) -> str:
             f"use ff.backend('reference'), or ff.restore on an accelerated model"
         )
     if forced == "auto":
-        return "auto" if torch.compiler.is_exporting() and not entry.plain else first_that_can(op, *args, **kwargs)
+        return "auto" if exported and not entry.plain else first_that_can(op, *args, **kwargs)
     reasons = entry.unsupported_reasons(forced, *args, **kwargs)
     if reasons:
         raise RuntimeError(f"backend {forced!r} cannot run {op}: " + "; ".join(reasons))
@@ -140,13 +125,13 @@ def first_that_can(op: str, *args: Any, **kwargs: Any) -> str:
     """Return what ``auto`` takes for ``op`` on these arguments."""
     # On a CPU Triton is never taken unasked, and its reasons need not be found at every call.
     on_cpu = bool(args) and args[0].is_cpu
-    names = BACKENDS[1:] if on_cpu else BACKENDS
-    return next(name for name in names if not _reasons_against_auto(op, name, args, kwargs))
-
-
-def _is_onnx_exported() -> bool:
-    tracing = torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
-    return tracing and torch.onnx.is_in_onnx_export()
+    if not (on_cpu or _reasons_against_auto(op, "triton", args, kwargs)):
+        return "triton"
+    entry = OPS[op]
+    for name in BACKENDS[1:]:
+        if not entry.unsupported_reasons(name, *args, **kwargs):
+            return name
+    raise AssertionError(f"the reference of {op} runs everything")
 
 
 def is_transformed() -> bool:
@@ -218,7 +203,9 @@ _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Return a context in which autocast casts nothing: an op decides about its dtypes itself."""
-    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
+    if device_type == "cpu" and not torch.is_autocast_enabled("cpu"):  # at once, for small calls
+        return ranges.OFF
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else ranges.OFF
 
 
 def _autocasts(device_type: str) -> bool:
@@ -237,6 +224,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 def autocast_input(x: Tensor) -> Tensor:
     """Cast ``x`` to its ``autocast_dtype``."""
+    if x.is_cpu and not torch.is_autocast_enabled("cpu"):  # at once, for small calls
+        return x
     dtype = autocast_dtype(x)
     return x if x.dtype == dtype else x.to(dtype)
 
