@@ -56,7 +56,7 @@ def fused() -> str:
     top = 240
     parts = [text(20, top - 24, "Fused: one read, one write", 15, INK, "start"), grid(20, top, 8, 14, 4, 2)]
     parts.append(f'<rect x="48" y="{top + 28}" width="56" height="56" fill="{TEAL}" fill-opacity="0.35"/>')
-    parts.append(text(76, top + 130, "q, k, v of one shifted window", 11))
+    parts.append(text(20, top + 130, "q, k, v of one shifted window", 11, INK, "start"))
     parts.append(arrow(142, top + 56, 56, TEAL))
     parts.append(f'<rect x="206" y="{top - 4}" width="330" height="120" rx="8" fill="#f0fdfa" stroke="{TEAL}"/>')
     parts.append(text(371, top + 18, "registers of one program", 12, TEAL))
@@ -70,7 +70,7 @@ def fused() -> str:
     parts.append(arrow(542, top + 56, 56, TEAL))
     parts.append(grid(606, top, 8, 14, 4, 2))
     parts.append(f'<rect x="634" y="{top + 28}" width="56" height="56" fill="{TEAL}" fill-opacity="0.35"/>')
-    parts.append(text(662, top + 130, "the result, where it belongs", 11))
+    parts.append(text(718, top + 130, "the result, where it belongs", 11, INK, "end"))
     return "".join(parts)
 
 

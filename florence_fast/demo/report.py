@@ -13,23 +13,26 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>florence_fast demo</title>
 <style>
-  body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; color: #222; }}
-  img {{ max-width: 100%; }}
+  :root {{ color-scheme: light dark; --line: light-dark(#ddd, #444); --soft: light-dark(#666, #aaa); }}
+  body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }}
+  body {{ color: light-dark(#222, #ddd); background: light-dark(#fff, #181a1b); }}
+  img {{ max-width: 100%; background: #fff; }}
+  .wide {{ overflow-x: auto; }}
   table {{ border-collapse: collapse; margin: 1rem 0; }}
-  th, td {{ padding: .3rem 1rem .3rem 0; text-align: right; border-bottom: 1px solid #ddd; }}
+  th, td {{ padding: .3rem 1rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); }}
   th:first-child, td:first-child {{ text-align: left; }}
   .big {{ font-size: 1.35rem; }}
-  .green {{ color: #0f766e; }} .red {{ color: #c2410c; }}
-  footer {{ color: #666; font-size: .85rem; margin-top: 3rem; }}
+  .green {{ color: light-dark(#0f766e, #5eead4); }} .red {{ color: light-dark(#c2410c, #fdba74); }}
+  footer {{ color: var(--soft); font-size: .85rem; margin-top: 3rem; overflow-wrap: anywhere; }}
 </style>
 <h1>Words learnt from six artists, read off a seventh</h1>
 <p class="big">{model} ({parameters:.1f} M parameters) saw {images_seen:,} pictures in {seconds:.0f} seconds of training
 ({images_per_second:.0f} a second) and names <b>{top1:.1%}</b> of an unseen artist's {images:,} pictures at once, out of
 {classes:,} names; the right name is among the first five for <b>{top5:.1%}</b>. Guessing would get {chance:.2%}.</p>
-<table>
+<div class="wide"><table>
 <tr><th></th><th>first</th><th>among 5</th><th>among 10</th></tr>
 {rows}
-</table>
+</table></div>
 <p>Of 40 names, the right one comes first for <b>{white:.0%}</b> of the pictures on white and for <b>{others:.0%}</b> on
 {kinds} that training does not draw. The weights that the package ships reach
 {shipped_top1:.1%} of all names on white, and of 40 names {shipped_white:.0%} on white and {shipped_others:.0%} on those
@@ -88,9 +91,9 @@ def table_rows(results: dict[str, Any], loss: str) -> str:
     """The rows of one run's figures."""
     found, recalls = results["zero_shot"], results["retrieval"]
     rows = {
-        f"name of a picture, {loss}": [found["top1"], found["top5"], found["top10"]],
-        f"picture to text, {loss}": recalls["image_to_text"].values(),
-        f"text to picture, {loss}": recalls["text_to_image"].values(),
+        f"The right name of an image ({loss})": [found["top1"], found["top5"], found["top10"]],
+        f"The text of an image ({loss})": recalls["image_to_text"].values(),
+        f"The image of a text ({loss})": recalls["text_to_image"].values(),
     }
     return "\n".join(ROW.format(*shares, name=name) for name, shares in rows.items())
 

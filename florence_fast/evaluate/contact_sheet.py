@@ -21,11 +21,13 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
-  body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }}
+  :root {{ color-scheme: light dark; }}
+  body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; }}
+  body {{ color: light-dark(#222, #ddd); background: light-dark(#fff, #181a1b); }}
   figure {{ margin: 0; }}
   img {{ width: 100%; aspect-ratio: 1; object-fit: contain; background: #f4f4f4; border-radius: 6px; }}
   figcaption {{ overflow-wrap: anywhere; }}
-  small {{ color: #666; }}
+  small {{ color: light-dark(#666, #aaa); }}
 </style>
 {searches}
 </html>
