@@ -22,6 +22,7 @@ from florence_fast.cli.settings_flags import fields_in, flags_of, keyword, with_
 from florence_fast.cli.usage import (
     WrongUsage,
     exit_if_interrupted,
+    one_of,
     pick_device,
     refusals_as_wrong_usage,
     refuse_earlier_run,
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
 
 DEFAULT_TASK = "contrastive"
 DEFAULT_EPOCHS = 32
+BOARDS = ("tensorboard", "wandb")
+
+
+def _boards(words: str | None) -> str | None:
+    """Let only names of boards through, joined by commas."""
+    for word in (words or "none").split(","):
+        one_of(*BOARDS, "none")(word)
+    return words
 
 
 class Length(NamedTuple):
@@ -45,6 +54,7 @@ class Length(NamedTuple):
     epochs: int | None
     steps: int | None
     save_frequency: int | None
+    val_frequency: int | None
     accum_freq: int
 
 
@@ -117,6 +127,16 @@ def command_of(task: "type[Task]") -> Callable[..., None]:
         steps: Annotated[int | None, typer.Option(min=1, help="Length in steps, in place of --epochs.")] = None,
         config: Annotated[Path | None, typer.Option(help="Settings as JSON, stages too; given flags win.")] = None,
         save_frequency: Annotated[int | None, typer.Option(min=1, help="Epochs between checkpoints.")] = None,
+        val_frequency: Annotated[
+            int | None,
+            typer.Option("--val-frequency", "--zeroshot-frequency", min=1, help="Epochs between evaluations."),
+        ] = None,
+        report_to: Annotated[
+            str | None,
+            typer.Option(
+                callback=_boards, help="tensorboard, wandb, both with a comma, or none.", show_default="tensorboard"
+            ),
+        ] = None,
         logs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("logs"),
         name: Annotated[
             str | None, typer.Option(help="Folder of this run in --logs.", show_default="date and model")
@@ -125,7 +145,9 @@ def command_of(task: "type[Task]") -> Callable[..., None]:
         device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="a GPU if any")] = None,
     ) -> None:
         inputs = task.inputs(**fields_in(task.inputs, given))
-        length = Length(image_size, epochs, steps, save_frequency, given.pop("accum_freq", 1))
+        length = Length(image_size, epochs, steps, save_frequency, val_frequency, given.pop("accum_freq", 1))
+        if report_to is not None:
+            given |= {board: board in report_to.split(",") for board in BOARDS}
         place = Place(logs, name, resume, device)
         _train(task, inputs, Wanted(config, given, length), place)
 
@@ -135,7 +157,7 @@ def command_of(task: "type[Task]") -> Callable[..., None]:
         "Under torchrun it trains on several processes. Checkpoints, results.jsonl and the log lie in --logs/--name."
         + (f"\n\nOther tasks: florence-fast train {others} --help." if others else "")
     )
-    flags = [*flags_of(task.inputs), *flags_of(RunConfig), *flags_of(task.settings)]
+    flags = [*flags_of(task.inputs), *flags_of(RunConfig, without=BOARDS), *flags_of(task.settings)]
     if "micro_batch_size" in task.settings.__dataclass_fields__:
         help = "Batches joined in one loss (gradient cache)."
         flags.append(keyword("accum_freq", int | None, typer.Option(min=1, show_default="1", help=help)))
@@ -196,6 +218,8 @@ def _settings(
     steps_per_epoch = max(1, num_samples // (at_once * length.accum_freq * num_processes))
     if length.save_frequency:
         run["save_every_steps"] = length.save_frequency * steps_per_epoch
+    if length.val_frequency:
+        run["evaluate_every_steps"] = length.val_frequency * steps_per_epoch
     steps = length.steps or (length.epochs or DEFAULT_EPOCHS) * steps_per_epoch
     stages = [{"steps": steps, "image_size": length.image_size or image_size}]
     return RunConfig.from_dict({"stages": stages, **run}), task.settings.from_dict(own)

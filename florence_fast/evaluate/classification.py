@@ -68,10 +68,17 @@ def classification(
             logits_BK = model(images_BCHW).float()
             ranked.append(logits_BK.topk(min(5, logits_BK.shape[1])).indices.cpu())
             labels += [source.labels[index] for index, _ in batch]
-    return _figures(torch.cat(ranked), torch.tensor(labels, device="cpu"), len(source.classes))
+    return accuracy(torch.cat(ranked), torch.tensor(labels, device="cpu"), len(source.classes))
 
 
-def _figures(ranked: Tensor, labels: Tensor, num_classes: int) -> dict[str, float | int]:
+def accuracy(ranked: Tensor, labels: Tensor, num_classes: int) -> dict[str, float | int]:
+    """Return the figures of `classification` for N images.
+
+    Args:
+        ranked: int64 (N, up to 5), the likeliest classes of each image, the first one first.
+        labels: int64 (N,), the right classes.
+        num_classes: K.
+    """
     hits = ranked == labels[:, None]
     first = hits[:, 0].double()
     per_class = torch.zeros(num_classes, dtype=torch.float64, device="cpu").index_add_(0, labels, first)

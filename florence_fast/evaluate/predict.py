@@ -50,5 +50,5 @@ def probabilities(
     )
     texts_KD = encode_texts(model, tokenizer, texts, precision=precision)
     with evaluating(model, precision):
-        image_1D, _, scale = model(image=pixels_1CHW)
+        image_1D, _, scale, *_ = model(image=pixels_1CHW)
     return (scale.float().cpu() * image_1D.float().cpu() @ texts_KD.T).softmax(-1)[0].tolist()

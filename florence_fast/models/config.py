@@ -167,7 +167,8 @@ class FlorenceConfig(_Config):
     """The dual encoder: two towers, the width they share, and the temperature.
 
     ``logit_scale_kind`` says what the parameter holds: ``"log"`` its logarithm, as open_clip has it, or ``"plain"``
-    the factor itself. ``max_logit_scale`` bounds the factor; None leaves it free.
+    the factor itself. ``max_logit_scale`` bounds the factor; None leaves it free. ``init_logit_bias`` gives the model
+    SigLIP's bias of the logits; None gives it none.
 
     ``resize_mode`` says how an image becomes a square, in training and in evaluation: "shortest" (its middle),
     "longest" (all of it, on a canvas) or "squash" (all of it, stretched); ``interpolation`` is "bicubic" or "bilinear".
@@ -183,6 +184,7 @@ class FlorenceConfig(_Config):
     interpolation: str = "bicubic"
     init_logit_scale: float = 1 / 0.07
     max_logit_scale: float | None = 100.0
+    init_logit_bias: float | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("image", ImageConfig), ("text", TextConfig)):
@@ -205,6 +207,8 @@ class FlorenceConfig(_Config):
         positive("init_logit_scale", self.init_logit_scale, _LARGEST_LOGIT_SCALE)
         if self.max_logit_scale is not None:
             number("max_logit_scale", self.max_logit_scale, 1, _LARGEST_LOGIT_SCALE)
+        if self.init_logit_bias is not None:
+            number("init_logit_bias", self.init_logit_bias, -_LARGEST_LOGIT_SCALE, _LARGEST_LOGIT_SCALE)
 
 
 def _set(config: _Config, name: str, value: Any) -> None:

@@ -37,12 +37,22 @@ _OVERRIDES = {
     "image_std": ("", "image_std"),
     "image_resize_mode": ("", "resize_mode"),
     "image_interpolation": ("", "interpolation"),
+    "init_logit_scale": ("", "init_logit_scale"),
+    "init_logit_bias": ("", "init_logit_bias"),
 }
 # fields in which weights may differ from the named configuration and still be that model's
 _FREE = {
     "image": {"img_size", "window_size", "drop_path_rate", "num_classes"},
     "text": {"context_length"},
-    "": {"image_mean", "image_std", "resize_mode", "interpolation", "init_logit_scale", "max_logit_scale"},
+    "": {
+        "image_mean",
+        "image_std",
+        "resize_mode",
+        "interpolation",
+        "init_logit_scale",
+        "max_logit_scale",
+        "init_logit_bias",
+    },
 }
 
 
@@ -142,7 +152,8 @@ def create_model(
         output_dict: a dual encoder returns a dict instead of a tuple.
         overrides: img_size (force_image_size), window_size, in_chans, drop_path_rate, num_classes (towers),
             context_length (force_context_length), image_mean, image_std, image_resize_mode ("shortest", "longest",
-            "squash"), image_interpolation ("bicubic", "bilinear").
+            "squash"), image_interpolation ("bicubic", "bilinear"), init_logit_scale, init_logit_bias (gives the model
+            SigLIP's logit_bias).
 
     Returns:
         `Florence` for a dual encoder, an `ImageTower` for a tower, a `FeatureExtractor` with ``features_only``; in

@@ -45,6 +45,7 @@ class Florence(SavePretrained, nn.Module):
         self.image_projection = nn.Linear(self.visual.num_features, config.embed_dim, bias=False)
         self.text_projection = nn.Linear(self.text.num_features, config.embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias = None if config.init_logit_bias is None else nn.Parameter(torch.empty(()))
         self._reset_heads()
 
     def _reset_heads(self) -> None:
@@ -52,6 +53,8 @@ class Florence(SavePretrained, nn.Module):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         start = self.config.init_logit_scale
         nn.init.constant_(self.logit_scale, math.log(start) if self.config.logit_scale_kind == "log" else start)
+        if self.logit_bias is not None:
+            nn.init.constant_(self.logit_bias, self.config.init_logit_bias)
 
     def reset_parameters(self) -> None:
         """Draw every parameter; all that a model made on the meta device needs after ``to_empty``."""
@@ -86,24 +89,26 @@ class Florence(SavePretrained, nn.Module):
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor] | dict[str, Tensor]:
-        """Return normalised image features, normalised text features and the factor of the cosines.
+    ) -> tuple[Tensor | None, ...] | dict[str, Tensor]:
+        """Return normalised image features, normalised text features, the factor of the cosines, and a bias if any.
 
         Args:
             image: (B, 3, H, W), or None.
             text: (B', N) token ids, or None; B' may differ from B.
 
         Returns:
-            ``(image_features (B, D), text_features (B', D), factor)`` with None for what was not given; with
-            ``output_dict`` a dict of what there is, under open_clip's names.
+            ``(image_features (B, D), text_features (B', D), factor)`` with None for what was not given, followed by
+            ``logit_bias`` if the model has one; with ``output_dict`` a dict of what there is, under open_clip's names.
 
         Both inputs may be left out one at a time so that gradient cache and DDP always go through this call.
         """
         image_features = None if image is None else self.encode_image(image, normalize=True)
         text_features = None if text is None else self.encode_text(text, normalize=True)
+        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
         if not self.output_dict:
-            return image_features, text_features, self.logit_factor()
+            return image_features, text_features, self.logit_factor(), *bias.values()
         named = {"image_features": image_features, "text_features": text_features, "logit_scale": self.logit_factor()}
+        named |= bias
         return {name: value for name, value in named.items() if value is not None}
 
     @torch.no_grad()

@@ -89,7 +89,8 @@ def fit_state(
     """Return what `load_state` would load and the names that it would leave; the model may be on the meta device."""
     matching, missing, unexpected = match_state(model, state, source=source)
     left_out_head = [name for name in missing if name.startswith("head.")]
-    if strict and (unexpected or len(missing) > len(left_out_head)):
+    drawn = [name for name in missing if name.startswith("head.") or name == "logit_bias"]
+    if strict and (unexpected or len(missing) > len(drawn)):
         raise ValueError(
             f"{source} does not fit: missing {_first(missing)}; unexpected {_first(unexpected)}; "
             "strict=False loads the rest"

@@ -67,7 +67,9 @@ class WindowAttention(nn.Module):
 
     @torch.no_grad()
     def set_window_size(self, window_size: int) -> None:
-        """Change the window, resizing the bias table bicubically."""
+        """Change the window, resizing the bias table bicubically; the present one keeps its table."""
+        if window_size == self.window_size:
+            return
         table = resize_bias_table(self.relative_position_bias_table, (window_size, window_size))
         self.relative_position_bias_table = nn.Parameter(table, self.relative_position_bias_table.requires_grad)
         self.window_size = window_size

@@ -180,6 +180,12 @@ class ImageTower(SavePretrained, nn.Module):
             if isinstance(module, WindowAttention):
                 module.set_window_size(self.config.window_size)
 
+    def disable_drop_path(self) -> None:
+        """Leave out no branch from now on, as a frozen tower wants it; the configuration stays."""
+        for stage in self.layers:
+            for block in stage.blocks:
+                block.drop_path = 0.0
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep one map a block for the backward pass and compute the rest again, drop path included."""
         for stage in self.layers:

@@ -248,6 +248,4 @@ def _freeze_all_but_head(tower: ImageTower) -> None:
     """Leave the head alone trainable, and what the tower computes without chance."""
     for name, parameter in tower.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
-    for stage in tower.layers:
-        for block in stage.blocks:
-            block.drop_path = 0.0
+    tower.disable_drop_path()

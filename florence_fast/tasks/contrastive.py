@@ -1,4 +1,4 @@
-"""Contrastive pretraining of a dual encoder on image-text pairs (section 2.2): UniCL's loss, or CLIP's.
+"""Contrastive pretraining of a dual encoder on image-text pairs (section 2.2): UniCL's loss, CLIP's or SigLIP's.
 
 Letters: B pairs of a batch · T distinct texts among them · L length of the longest of these texts · D embedding dim
 """
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from florence_fast.data.decoding import CROPS
+from florence_fast.data.mixture import mix
 from florence_fast.data.pair_loader import PairBatch, PairLoader
 from florence_fast.data.pairs import PairSource, open_pairs
+from florence_fast.evaluate.evaluator import RetrievalEvaluator, ZeroShotEvaluator
 from florence_fast.models.config import FlorenceConfig
 from florence_fast.models.factory import create_model, get_tokenizer, model_config
 from florence_fast.models.florence import Florence
@@ -29,11 +31,13 @@ from florence_fast.tasks.images import Augment, augmentation, seed_of_rank
 from florence_fast.train.config import RunConfig, Stage
 from florence_fast.train.distributed import rank, world_size
 from florence_fast.train.grad_cache import GradCache
-from florence_fast.train.loss import GATHERS, ContrastiveLoss
+from florence_fast.train.loss import GATHERS, ContrastiveLoss, SigmoidLoss
 from florence_fast.train.settings import Settings, count, number, word
 from florence_fast.train.task import Autocast, Evaluator, Inputs, Task
 
-LOSSES = ("unicl", "clip")
+LOSSES = ("unicl", "clip", "siglip")
+SIGLIP_START = {"init_logit_scale": 10.0, "init_logit_bias": -10.0}
+"""Where SigLIP's paper starts; nearly every pair of a batch is a negative, and the bias says so."""
 REDUCTIONS = ("mean_directions", "sum_directions", "image_to_text")
 DESCRIBED_SAMPLES = 64
 
@@ -43,8 +47,9 @@ class ContrastiveConfig(Settings):
     """Settings of contrastive pretraining.
 
     Args:
-        loss: "unicl" (equal texts are positives of each other) or "clip" (the diagonal).
-        loss_reduction, loss_chunk_size: passed to `ContrastiveLoss`.
+        loss: unicl (equal texts are positives of each other), clip (the diagonal) or siglip (a sigmoid for each pair;
+            the model needs a logit_bias).
+        loss_reduction, loss_chunk_size: of unicl and clip, and of all; passed to `ContrastiveLoss` or `SigmoidLoss`.
         gather: how texts travel between processes: all_gather, or ring (less memory).
         micro_batch_size: pairs that are encoded at a time, through the gradient cache; None encodes all at once.
         keyword_prob, template_prob: how often a keyword or a prompt template is drawn, as for `PairLoader`.
@@ -53,6 +58,8 @@ class ContrastiveConfig(Settings):
             model's ``config.resize_mode``. Any other than random_resized becomes the model's, for its evaluation.
         cache: decode each image once and keep it, where half of the memory holds them all.
         augment: turn, shear and recolour the images.
+        lock_image: freeze the image tower (LiT); drop path is off there then.
+        lock_text: freeze the text tower.
     """
 
     loss: str = word("unicl", LOSSES)
@@ -66,6 +73,8 @@ class ContrastiveConfig(Settings):
     crop: str | None = word(None, CROPS)
     cache: bool = True
     augment: bool = False
+    lock_image: bool = False
+    lock_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,11 @@ class ContrastiveInputs(Inputs):
     """A dual encoder and image-text pairs.
 
     Args:
-        train_data: CSV, TSV, JSONL or Parquet file, folder, or WebDataset tars ('{000..010}', '*').
+        train_data: CSV, TSV, JSONL or Parquet file, folder, or WebDataset tars ('{000..010}', '*'); '::' joins several.
+        train_data_upsampling_factors: how often the samples of each of several sources come, relative to the others, as
+            in 1::2.5.
+        val_data: pairs on which retrieval is measured.
+        imagenet_val: class folders on which zero-shot accuracy is measured; WordNet ids are ImageNet's classes.
         csv_img_key: column of a table with the image's path.
         csv_caption_key: column of a table with the text.
         csv_separator: between columns: a character, or tab, comma, semicolon, pipe. None takes what the header shows.
@@ -83,6 +96,9 @@ class ContrastiveInputs(Inputs):
     csv_img_key: str = "filepath"
     csv_caption_key: str = "title"
     csv_separator: str | None = None
+    train_data_upsampling_factors: str | None = None
+    val_data: str | None = None
+    imagenet_val: str | None = None
 
     def image_size(self) -> int:
         """Return the image size of a dual encoder.
@@ -98,16 +114,28 @@ class ContrastiveInputs(Inputs):
         return config.image.img_size
 
     def open(self) -> PairSource:
-        """Open the pairs."""
+        """Open the pairs for training."""
+        if self.train_data_upsampling_factors is None:
+            return self._open(self.train_data)
+        factors = [_factor(text) for text in self.train_data_upsampling_factors.split("::")]
+        return mix([self._open(part) for part in self.train_data.split("::")], factors)
+
+    def _open(self, spec: str) -> PairSource:
         keys = {"img_key": self.csv_img_key, "caption_key": self.csv_caption_key}
-        return open_pairs(self.train_data, **keys, separator=self.csv_separator)
+        return open_pairs(spec, **keys, separator=self.csv_separator)
 
     def create(self, source: PairSource, settings: "ContrastiveConfig", device: str) -> "ContrastiveTask":
-        """Build a dual encoder with its tokenizer."""
+        """Build a dual encoder with its tokenizer, and what measures it."""
         tokenizer = get_tokenizer(self.model)
+        evaluators: list[Evaluator] = []
+        if self.val_data is not None:
+            evaluators.append(RetrievalEvaluator(tokenizer, self._open(self.val_data)))
+        if self.imagenet_val is not None:
+            evaluators.append(ZeroShotEvaluator(tokenizer, self.imagenet_val))
         pretrained = None if self.pretrained == "none" else self.pretrained
-        model = create_model(self.model, pretrained, device=device)
-        return ContrastiveTask(model, tokenizer, source, settings)
+        start = SIGLIP_START if settings.loss == "siglip" else {}
+        model = create_model(self.model, pretrained, device=device, **start)
+        return ContrastiveTask(model, tokenizer, source, settings, evaluators=evaluators)
 
     def next_commands(self, folder: Path) -> Sequence[str]:
         """Return how the weights are measured and used."""
@@ -116,6 +144,13 @@ class ContrastiveInputs(Inputs):
             f"florence-fast evaluate zero-shot {weights} --data PAIRS",
             f"florence-fast predict {weights} --image IMAGE --texts TEXT TEXT",
         )
+
+
+def _factor(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"train_data_upsampling_factors must be numbers as in 1::2.5, got {text!r}") from None
 
 
 class Prepared(NamedTuple):
@@ -162,6 +197,16 @@ class ContrastiveTask(Task):
         self.epoch_size = len(source)
         self.augment = augment or augmentation(model.config, self.config.augment)
         self._evaluators = tuple(evaluators)
+        has_bias = model.logit_bias is not None
+        if self.config.loss == "siglip" and not has_bias:
+            raise ValueError("loss siglip needs a model with a logit_bias: create_model(..., init_logit_bias=-10.0)")
+        if has_bias:
+            model.logit_bias.requires_grad_(self.config.loss == "siglip")
+        if self.config.lock_image:
+            model.lock_image_tower()
+            model.visual.disable_drop_path()
+        if self.config.lock_text:
+            model.lock_text_tower()
 
     def setup(self, run: RunConfig) -> None:
         """Make the loss; the model's evaluation will resize images as its training does."""
@@ -170,7 +215,10 @@ class ContrastiveTask(Task):
         if config.crop not in (None, "random_resized"):
             mode = "shortest" if config.crop == "center" else config.crop
             model.config = replace(model.config, resize_mode=mode)
-        self.compare = ContrastiveLoss(config.loss_reduction, config.loss_chunk_size, config.gather)
+        if config.loss == "siglip":
+            self.compare = SigmoidLoss(config.loss_chunk_size, config.gather)
+        else:
+            self.compare = ContrastiveLoss(config.loss_reduction, config.loss_chunk_size, config.gather)
 
     @cached_property
     def loader(self) -> PairLoader:
@@ -244,18 +292,24 @@ class ContrastiveTask(Task):
         return loss.detach()
 
     def _compare(
-        self, which: Tensor, images: Tensor, texts: Tensor, logit_scale: Tensor, labels: Tensor | None = None
+        self, which: Tensor, images: Tensor, texts: Tensor, logit_scale: Tensor, *others: Tensor | None
     ) -> Tensor:
-        texts = texts.float().index_select(0, which)
-        return self.compare(images.float(), texts, logit_scale.float(), labels)
+        """Spread texts to their images and compare; others are the model's bias, if it has one, and labels."""
+        features = images.float(), texts.float().index_select(0, which)
+        bias = others[0] if self.model.logit_bias is not None else None
+        labels = others[-1] if self.config.loss == "unicl" else None
+        if self.config.loss == "siglip":
+            return self.compare(*features, logit_scale.float(), bias.float())
+        return self.compare(*features, logit_scale.float(), labels)
 
     def after_update(self) -> None:
         """Keep the temperature within its bounds."""
         self.model.clamp_logit_scale_()
 
     def scalars(self) -> Mapping[str, float]:
-        """Return the factor of the cosines."""
-        return {"logit_scale": self.model.logit_factor().item()}
+        """Return the factor of the cosines, and their bias if there is one."""
+        found = {"logit_scale": self.model.logit_factor().item()}
+        return found if self.model.logit_bias is None else {**found, "logit_bias": self.model.logit_bias.item()}
 
     def metadata(self) -> Mapping[str, str]:
         """Return the model's configuration, from which the weights file is loaded alone."""

@@ -12,6 +12,7 @@ from florence_fast.errors import require_count, require_number
 from florence_fast.precision import PRECISIONS
 from florence_fast.train.settings import Settings, count, number, refuse_unknown_keys, require_bool, word
 
+LR_SCHEDULERS = ("cosine", "constant", "const", "wsd", "const-cooldown")
 SMALLEST_EPS = 2.0**-126
 """The smallest normal number of fp32: a smaller `eps` may be 0 there, and AdamW divides 0 by it."""
 
@@ -87,14 +88,18 @@ class RunConfig(Settings):
         batch_size: samples a step and process.
         seed: of the data order, the augmentation and drop path.
         lr: peak of the learning rate.
-        min_lr: the value that the cosine ends at.
+        min_lr: the value that the schedule ends at, where it falls.
+        lr_scheduler: cosine (over the whole run), constant (or const), or wsd (or const-cooldown): constant, then a
+            straight line to min_lr.
         warmup: steps of linear warm-up; None takes a twentieth of the run.
+        cooldown: steps of the line that wsd ends with; None takes a fifth of the run.
         weight_decay: of matrices and convolutions; biases, norms, tables and embeddings have none.
         beta1, beta2, eps: of AdamW.
         grad_clip_norm: largest gradient norm; None leaves gradients alone.
         precision: auto (bf16 autocast where the device is fast at it), fp32, amp_bf16, amp (fp16); of weights: bf16,
             fp16, pure_bf16, pure_fp16. A run records what "auto" meant on its device.
         grad_checkpointing: recompute activations in the backward pass, which trades time for memory.
+        torchcompile: compile the model with torch.compile.
         ema_decay: keep a moving average of the weights; None keeps none.
         max_skipped_steps: steps in a row that may be skipped for NaN or Inf before the run is stopped.
         deterministic: use torch's deterministic algorithms; None does so on a CPU.
@@ -107,6 +112,7 @@ class RunConfig(Settings):
         keep_checkpoints: how many valid checkpoints stay.
         progress: show a bar and the log lines in the terminal.
         tensorboard: write event files where TensorBoard is installed.
+        wandb: report to Weights & Biases, which must be installed.
     """
 
     stages: tuple[Stage, ...]
@@ -114,7 +120,9 @@ class RunConfig(Settings):
     seed: int = count(0, at_least=0, at_most=1 << 62)
     lr: float = number(5e-4, "be a positive number", lambda x: x > 0)
     min_lr: float = number(0.0, "be a number")
+    lr_scheduler: str = word("cosine", LR_SCHEDULERS)
     warmup: int | None = count(None, at_least=0)
+    cooldown: int | None = count(None, at_least=0)
     weight_decay: float = number(0.1, "be a number and not negative", lambda x: x >= 0)
     beta1: float = number(0.9, "lie in [0, 1)", lambda x: 0 <= x < 1)
     beta2: float = number(0.98, "lie in [0, 1)", lambda x: 0 <= x < 1)
@@ -124,6 +132,7 @@ class RunConfig(Settings):
     grad_clip_norm: float | None = number(1.0, "be positive or None", lambda x: x > 0)
     precision: str = word("auto", PRECISIONS)
     grad_checkpointing: bool = False
+    torchcompile: bool = False
     ema_decay: float | None = number(None, "lie between 0 and 1, or be None", lambda x: 0 < x < 1)
     max_skipped_steps: int = count(20, at_least=0)
     deterministic: bool | None = None
@@ -136,6 +145,7 @@ class RunConfig(Settings):
     keep_checkpoints: int = count(3)
     progress: bool = True
     tensorboard: bool = True
+    wandb: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -148,6 +158,9 @@ class RunConfig(Settings):
         require_number("min_lr", self.min_lr, f"lie in [0, lr={self.lr}]", lambda x: 0 <= x <= self.lr)
         if self.warmup is not None and self.warmup > self.total_steps:
             raise ValueError(f"warmup must not exceed the run's {self.total_steps} steps, got {self.warmup}")
+        if self.cooldown is not None and self.cooldown + self.warmup_steps > self.total_steps:
+            steps = f"{self.total_steps - self.warmup_steps} steps after the warm-up"
+            raise ValueError(f"cooldown must not exceed the run's {steps}, got {self.cooldown}")
 
     @property
     def total_steps(self) -> int:
@@ -158,6 +171,13 @@ class RunConfig(Settings):
     def warmup_steps(self) -> int:
         """Steps of linear warm-up."""
         return max(1, self.total_steps // 20) if self.warmup is None else self.warmup
+
+    @property
+    def cooldown_steps(self) -> int:
+        """Steps in which the learning rate of "wsd" falls at the end."""
+        if self.cooldown is not None:
+            return self.cooldown
+        return min(max(1, self.total_steps // 5), self.total_steps - self.warmup_steps)
 
     def stage_at(self, step: int) -> tuple[int, Stage]:
         """Return the number and the stage that step ``step`` (from 0) belongs to; the last one from the end on."""
@@ -186,6 +206,11 @@ class RunConfig(Settings):
             refuse_unknown_keys(Stage, stage)
             stages.append(Stage(**stage))
         return cls(**{**values, "stages": tuple(stages)})
+
+
+def join_settings(run: RunConfig, task: str, own: Settings) -> dict[str, Any]:
+    """Return all settings of a run as its JSON holds them: those of the task named ``task`` nested under "task"."""
+    return {**run.to_dict(), "task": {"name": task, **own.to_dict()}}
 
 
 def split_settings(values: Mapping[str, Any], task: type[Settings]) -> tuple[dict[str, Any], dict[str, Any]]:

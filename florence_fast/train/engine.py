@@ -19,7 +19,7 @@ from florence_fast.precision import choose_precision, is_pure, resolve_precision
 from florence_fast.provenance import provenance
 from florence_fast.ranges import annotate, annotated
 from florence_fast.train.checkpoint import CheckpointStore, CorruptCheckpointError
-from florence_fast.train.config import RunConfig, Stage
+from florence_fast.train.config import RunConfig, Stage, join_settings
 from florence_fast.train.counters import Counters
 from florence_fast.train.describe import describe_model, model_config, model_name
 from florence_fast.train.distributed import on_rank_0, rank, require_equal_on_ranks, world_size
@@ -87,7 +87,7 @@ class Trainer:
         self.generators = dict(generators or {})
         self.about = dict(about or {})
         prepare(task, run)
-        self.settings = {**run.to_dict(), "task": {"name": task.name, **task.config.to_dict()}}
+        self.settings = join_settings(run, task.name, task.config)
         self.data = dict(task.describe_data())
         require_equal_on_ranks({"config": self.settings, "model": describe_model(task.model), "data": self.data})
         self.state = TrainState(task, run)
@@ -169,6 +169,7 @@ class Trainer:
             world_size=world_size(),
             progress=config.progress,
             tensorboard=config.tensorboard,
+            wandb=config.wandb,
             enabled=rank() == 0,
         )
         with self.log, deterministic_algorithms(deterministic), StopRequest() as stop:
@@ -296,7 +297,7 @@ class Trainer:
             self.model.train()
         self._drawn = self._due = None
         if answer is not None:
-            self.log.record({"step": self.step, "seconds": self.watch.seconds, **answer})
+            self.log.evaluation({"step": self.step, "seconds": self.watch.seconds, **answer})
         self._times = IntervalTimes()
 
     @annotated("train.checkpoint")
@@ -381,7 +382,8 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Take over a checkpoint, after saying in what the run differs from the one that wrote it."""
-        check_settings(state, self.config, self.settings)
+        defaults = join_settings(RunConfig(self.config.stages), self.task.name, self.task.settings())
+        check_settings(state, self.config, self.settings, defaults)
         warn_of_differences("environment", state["environment"], environment(self.device, world_size()))
         warn_of_differences("data", state.get("data", self.data), self.data)
         self.state.enter_stage(state["stage"])

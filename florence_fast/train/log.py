@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from florence_fast.files import write_text
 from florence_fast.printable import printable
 from florence_fast.strict_json import format_json, parse_json
+from florence_fast.train.boards import Board, open_boards
 
 logger = logging.getLogger(__name__)
 _PACKAGE = logging.getLogger("florence_fast")
@@ -136,6 +137,7 @@ class RunLog:
         samples_per_epoch, world_size: for the line.
         progress: show a bar, and the log in the terminal.
         tensorboard: write event files where TensorBoard is installed.
+        wandb: report to Weights & Biases.
         enabled: False on ranks other than 0.
     """
 
@@ -147,6 +149,7 @@ class RunLog:
         world_size: int = 1,
         progress: bool = True,
         tensorboard: bool = True,
+        wandb: bool = False,
         enabled: bool = True,
     ) -> None:
         self.out_dir = out_dir
@@ -155,10 +158,10 @@ class RunLog:
         self._samples_per_epoch = samples_per_epoch
         self._world_size = world_size
         self._progress = progress and enabled
-        self._tensorboard = tensorboard
+        self._wanted = {"tensorboard": tensorboard, "wandb": wandb}
         self._open = ExitStack()
         self._bar = tqdm(disable=True)
-        self._board: Any = None
+        self._boards: list[Board] = []
         self._results: TextIO | None = None
         self._handlers: list[logging.Handler] = []
         self._earlier_level = _PACKAGE.level
@@ -182,8 +185,9 @@ class RunLog:
         lines = [f"{name}: {settings[name]}\n" for name in sorted(settings)]
         write_text(self.out_dir / "params.txt", "".join(lines))
         self._results = self._open.enter_context(self.results_path.open("a", encoding="utf-8"))
-        if self._tensorboard:
-            self._board = self._open.enter_context(_event_writer(self.out_dir / "tensorboard", step))
+        self._boards = open_boards(self.out_dir, step, settings, **self._wanted)
+        for board in self._boards:
+            self._open.callback(board.close)
         bar = tqdm(
             total=total_steps,
             initial=step,
@@ -212,9 +216,18 @@ class RunLog:
         logger.info("%s", train_line(record, self._samples_per_epoch, self._world_size, scalars))
         self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['samples_per_second']:.0f}/s", refresh=False)
         self.record(record)
-        if self._board is not None:
-            for name in ("loss", "lr", *scalars, "grad_norm", "data_time", "batch_time", "samples_per_second"):
-                self._board.add_scalar(f"train/{name}", record[name], record["step"])
+        names = ("loss", "lr", *scalars, "grad_norm", "data_time", "batch_time", "samples_per_second")
+        self._draw({f"train/{name}": record[name] for name in names}, record["step"])
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Write figures of an evaluation, with the key "step": ``results.jsonl`` and boards."""
+        self.record(record)
+        numbers = {f"evaluate/{name}": value for name, value in record.items() if isinstance(value, float | int)}
+        self._draw(numbers, record["step"])
+
+    def _draw(self, numbers: Mapping[str, float], step: int) -> None:
+        for board in self._boards if self.enabled else ():
+            board.add(numbers, step)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Append a line to ``results.jsonl``, with its key "step"; NaN and Inf, which JSON lacks, become null."""
@@ -290,12 +303,3 @@ class _Unread:
         return isinstance(other, _Unread)
 
     __hash__ = None
-
-
-def _event_writer(folder: Path, start_step: int) -> AbstractContextManager[Any]:
-    """Open TensorBoard's writer, or stand in with None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return nullcontext()
-    return SummaryWriter(str(folder), purge_step=start_step + 1)

@@ -120,14 +120,17 @@ def carry_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> list[
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Return the learning rate of step ``step``: linear warm-up, then one cosine over the whole run.
+    """Return the learning rate of step ``step``: linear warm-up, then the schedule that ``lr_scheduler`` names.
 
-    With peak p, w warm-up steps and T steps in all:
-    lr(t) = p (t + 1) / w for t < w, else min_lr + (p - min_lr) (1 + cos(pi (t - w) / (T - w))) / 2.
+    With peak p, w warm-up steps, T steps in all and c steps of cool-down:
+    lr(t) = p (t + 1) / w for t < w; afterwards
+    cosine: min_lr + (p - min_lr) (1 + cos(pi (t - w) / (T - w))) / 2;
+    constant: p;
+    wsd: p until T - c, then min_lr + (p - min_lr) (T - t) / c.
     A stage with its own ``peak_lr`` has that as p.
 
     Args:
-        config: lr, min_lr, warmup and the stages are read.
+        config: lr, min_lr, lr_scheduler, warmup, cooldown and the stages are read.
         step: from 0.
 
     >>> config = RunConfig(stages=(Stage(steps=10, image_size=32),), lr=1.0, warmup=2)
@@ -135,11 +138,15 @@ def learning_rate(config: RunConfig, step: int) -> float:
     [0.5, 1.0, 1.0, 0.5]
     """
     peak = config.stage_at(step)[1].peak_lr or config.lr
-    warmup = config.warmup_steps
+    warmup, total = config.warmup_steps, config.total_steps
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.total_steps - warmup)
-    return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_scheduler == "cosine":
+        progress = (step - warmup) / max(1, total - warmup)
+        return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_scheduler in ("wsd", "const-cooldown") and step > total - config.cooldown_steps:
+        return config.min_lr + (peak - config.min_lr) * (total - step) / config.cooldown_steps
+    return peak
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -1,18 +1,21 @@
 """A task's model as the processes of a run train it."""
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from florence_fast.train.distributed import world_size
 
 
-def wrap(model: nn.Module) -> nn.Module:
-    """Return ``model``, wrapped in DistributedDataParallel when several processes train.
+def wrap(model: nn.Module, compiled: bool = False) -> nn.Module:
+    """Return ``model``, compiled if wanted, and in DistributedDataParallel when several processes train.
 
-    Gradient buckets have the dtypes of the parameters, so weights must have been cast before.
+    Gradient buckets have the dtypes of the parameters, so weights must have been cast before. The result shares the
+    parameters of ``model``, whose names stay what they were.
     """
+    module = torch.compile(model) if compiled else model
     if world_size() == 1:
-        return model
+        return module
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, devices, broadcast_buffers=False, gradient_as_bucket_view=True)

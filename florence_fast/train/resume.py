@@ -53,37 +53,41 @@ def check_entries(state: Any) -> None:
         raise ResumeError(f"it lacks {', '.join(missing)}")
 
 
-def settings_of(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a checkpoint in the layout of the run's ``own``.
+def settings_of(state: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint in the layout of ``defaults``, those of the run's task nested.
 
     Checkpoints of earlier versions hold the task's settings beside the run's. A setting that they lack is one that
-    came later; its value is the run's.
+    came later, and they had what is its default now.
 
     Raises:
         ResumeError: the checkpoint belongs to another task.
     """
     saved = dict(state["config"])
     nested = dict(saved.pop("task", {"name": _BEFORE_TASKS}))
-    if nested["name"] != own["task"]["name"]:
-        raise ResumeError(f"it belongs to the task {nested['name']}, and this run's is {own['task']['name']}")
-    nested |= {name: saved.pop(name) for name in own["task"] if name in saved}
-    return {**own, **saved, "task": {**own["task"], **nested}}
+    task = defaults["task"]
+    if nested["name"] != task["name"]:
+        raise ResumeError(f"it belongs to the task {nested['name']}, and this run's is {task['name']}")
+    nested |= {name: saved.pop(name) for name in task if name in saved}
+    return {**defaults, **saved, "task": {**task, **nested}}
 
 
-def check_settings(state: Mapping[str, Any], config: RunConfig, own: Mapping[str, Any]) -> None:
+def check_settings(
+    state: Mapping[str, Any], config: RunConfig, own: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
     """Refuse a checkpoint that settings do not let the run go on from, and name every setting that differs.
 
     Args:
         state: the checkpoint.
         config: of the run.
         own: all settings of the run, those of its task nested.
+        defaults: the same, with the default of every setting that has one.
 
     Raises:
         ResumeError: another task, a stage that the run does not have, or a step behind its end.
         ValueError: the weights were kept in another dtype.
     """
     check_entries(state)
-    earlier = settings_of(state, own)
+    earlier = settings_of(state, defaults)
     check_schedule(state, config)
     check_same_weights(earlier["precision"], config.precision)
     warn_of_differences("setting", schedule(earlier), schedule(own))

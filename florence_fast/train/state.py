@@ -50,7 +50,7 @@ class TrainState:
 
     def __init__(self, task: Task, run: RunConfig) -> None:
         self.task, self.run = task, run
-        task.module = wrap(task.model)
+        task.module = wrap(task.model, run.torchcompile)
         self.masters = MasterWeights(task.model, run.precision)
         self.optimizer = create_optimizer(task.parameter_groups(), run, self.masters.named)
         self.scaler = gradient_scaler(run.precision, task.device)
@@ -139,7 +139,7 @@ class TrainState:
             self.optimizer = optimizer
             if self.ema is not None:
                 self.ema.restart_resized(model)
-            self.task.module = wrap(model)
+            self.task.module = wrap(model, self.run.torchcompile)
         self.whole = True
 
     def weights(self) -> dict[str, Tensor]:

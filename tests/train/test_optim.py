@@ -111,6 +111,24 @@ def test_learning_rate_of_the_cosine_against_torch() -> None:
         schedule.step()
 
 
+@pytest.mark.parametrize("word", ["constant", "const"])
+def test_a_constant_learning_rate(word: str) -> None:
+    config = RunConfig(stages=STAGES, lr=1.0, min_lr=0.1, warmup=2, lr_scheduler=word)
+    assert [learning_rate(config, step) for step in range(10)] == [0.5] + [1.0] * 5 + [0.5] * 4
+
+
+@pytest.mark.parametrize("word", ["wsd", "const-cooldown"])
+def test_warm_up_stable_decay(word: str) -> None:
+    stages = (Stage(steps=10, image_size=32),)
+    config = RunConfig(stages=stages, lr=1.0, min_lr=0.2, warmup=2, cooldown=4, lr_scheduler=word)
+    falling = [1.0, 0.8, 0.6, 0.4, 0.2]
+    found = [learning_rate(config, step) for step in range(11)]
+    assert found == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, *falling])
+    assert RunConfig(stages=stages, lr_scheduler=word).cooldown_steps == 2
+    assert RunConfig(stages=(Stage(1, 32),), lr_scheduler=word).cooldown_steps == 0
+    assert learning_rate(RunConfig(stages=(Stage(1, 32),), lr=1.0, lr_scheduler=word), 0) == 1.0
+
+
 def test_the_papers_stages_keep_their_shares() -> None:
     assert [stage.steps for stage in paper_stages(1260)] == [1000, 180, 80]
     assert [stage.steps for stage in paper_stages(3)] == [1, 1, 1]
@@ -170,7 +188,9 @@ def _configs(**settings: object) -> tuple[RunConfig, ContrastiveConfig]:
     ("settings", "message"),
     [
         ({"precision": "amp_bf61"}, "unknown precision 'amp_bf61' \\(did you mean 'amp_bf16'\\?\\)"),
-        ({"loss": "siglip"}, "unknown loss 'siglip'"),
+        ({"loss": "siglap"}, "unknown loss 'siglap' \\(did you mean 'siglip'\\?\\)"),
+        ({"lr_scheduler": "cosin"}, "unknown lr_scheduler 'cosin' \\(did you mean 'cosine'\\?\\)"),
+        ({"warmup": 4, "cooldown": 7}, "cooldown must not exceed the run's 6 steps after the warm-up, got 7"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"micro_batch_size": 1.5}, "micro_batch_size must be a whole number"),
         ({"lr": 0.0}, "lr must be a positive number, got 0.0"),

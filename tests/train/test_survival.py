@@ -294,11 +294,14 @@ def test_a_longer_schedule_and_other_data_are_named(
     others = write_pairs(tmp_path / "pairs", count=41)
     stages = (STAGES[0], Stage(steps=6, image_size=32, augment_text=False, batch_size=30, window_size=3))
     with caplog.at_level(logging.WARNING):
-        tiny_trainer(others, tmp_path / "run", stages=stages, warmup=None).run(resume=finished)
+        settings = {"stages": stages, "warmup": None, "batch_size": 16, "lr_scheduler": "constant"}
+        tiny_trainer(others, tmp_path / "run", **settings).run(resume=finished)
     for said in (
         "setting total_steps differs from the checkpoint's: 12, now 13",
         "setting warmup_steps differs from the checkpoint's: 2, now 1",
         "setting stages.1.batch_size differs from the checkpoint's: 36, now 30",
+        "setting batch_size differs from the checkpoint's: 32, now 16",
+        "setting lr_scheduler differs from the checkpoint's: 'cosine', now 'constant'",
         "data pairs differs from the checkpoint's: 40, now 41",
     ):
         assert said in caplog.text
