@@ -191,7 +191,8 @@ def _train(task: "type[Task]", inputs: "Inputs", wanted: Wanted, place: Place) -
         raise WrongUsage(" ".join(str(error).split())) from error
     if rank() == 0:
         say(f"{result['status']} at step {result['step']} of {run.total_steps}: {result['checkpoint']}")
-        say(_next_command(result["status"], about["command"], folder, inputs, place))
+        if following := _next_command(result["status"], about["command"], folder, inputs, place):
+            say(following)
     exit_if_interrupted(result)
 
 
@@ -231,7 +232,8 @@ def _next_command(status: str, command: str, folder: Path, inputs: "Inputs", pla
         more = [] if place.name else ["--name", folder.name]
         resume = [] if place.resume == "latest" else ["--resume", "latest"]
         return f"to go on: {command} {shlex.join([*more, *resume])}"
-    return "next: " + "\n      ".join(inputs.next_commands(folder))
+    following = inputs.next_commands(folder)
+    return f"next: {following[0]}" + "".join(f"\n      {line}" for line in following[1:]) if following else ""
 
 
 def _folder_of_its_own(folder: Path) -> Path:
