@@ -14,8 +14,9 @@
 #   make bench-cpu   what the native CPU backend gains on this processor, beside its goals; about 13 minutes
 #   make report      pictures and tables of what was measured, from bench/results
 #   make docs        this documentation as a site in build/site; every warning is an error
+#   make release-check  source archive and wheel, built, installed without a compiler, the README's examples run
 #   make lint        ruff, and basedpyright   make clean      forget the environment and every cache
-# PYTHON picks the interpreter (3.11 or newer). TORCH_INDEX adds a package index to look for PyTorch in: its
+# PYTHON picks the interpreter. TORCH_INDEX adds a package index to look for PyTorch in: its
 # wheels for CPUs, https://download.pytorch.org/whl/cpu, save gigabytes of CUDA on a machine without a GPU.
 
 PYTHON ?= python3
@@ -28,7 +29,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if
 # One process a core, each with one thread: threads of two tests that wait for one core slow both down.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses $(JOBS) --dist loadscope
 
-.PHONY: demo demo-long test test-all lint native sanitize amx compat budget bench bench-cpu gpu report docs clean
+.PHONY: demo demo-long test test-all lint native sanitize amx compat budget bench bench-cpu gpu report docs release-check clean
 
 demo: native
 	$(BIN)/florence-fast demo --resume --out runs/demo
@@ -79,6 +80,9 @@ report: .venv/base
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+release-check: .venv/ready
+	$(BIN)/python scripts/release_check.py
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,7 +94,7 @@ clean:
 
 # A stamp is written last, so an installation that was cut short is done again.
 .venv/base: pyproject.toml setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import re, sys; need = re.search(r"requires-python = .>=3\.(\d+)", open("pyproject.toml").read())[1]; sys.exit(sys.version_info < (3, int(need)) and f"Python 3.{need} or newer is needed here: make PYTHON=python3.{need}")'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) setuptools pybind11 ninja
 	FLORENCE_FAST_NO_NATIVE=1 $(INSTALL) --no-build-isolation --editable .

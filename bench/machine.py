@@ -7,7 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "commit": checkout_commit(),
         "sources": sources(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)

@@ -1,15 +1,16 @@
 """The package as others get it: a wheel, an editable installation, a bare checkout; each finds the kernels once."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import florence_fast
 
@@ -163,3 +164,19 @@ def normal(requirement: str) -> str:
     """The distribution's name alone, as indexes compare it."""
     name = requirement.split(";")[0].split("=")[0].split(">")[0].strip()
     return name.lower().replace("_", "-")
+
+
+def test_the_oldest_python_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (oldest,) = re.findall(r"^>=(3\.\d+)$", project["project"]["requires-python"])
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    said = {page.name: re.findall(r"Python (3\.\d+) or newer", page.read_text(encoding="utf-8")) for page in pages}
+    assert {version for versions in said.values() for version in versions} == {oldest}
+    assert project["tool"]["basedpyright"]["pythonVersion"] == oldest
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    address = project["project"]["urls"]["Repository"]
+    for name in ("mkdocs.yml", "CITATION.cff"):
+        assert f": {address}\n" in (ROOT / name).read_text(encoding="utf-8"), name

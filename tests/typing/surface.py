@@ -1,6 +1,6 @@
 """What editors know of the public names; `make lint` checks this file with basedpyright, nothing runs it."""
 
-from typing_extensions import assert_type
+from typing import assert_type
 
 import florence_fast as ff
 from florence_fast.compat.accelerate import Report
