@@ -22,7 +22,9 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    left.plot([r["seconds"] for r in losses], [r["loss"] for r in losses], color=TEAL)
+    # A line through one point cannot be seen.
+    marker = "o" if len(losses) == 1 else None
+    left.plot([r["seconds"] for r in losses], [r["loss"] for r in losses], color=TEAL, marker=marker)
     left.set(title="contrastive loss", xlabel="seconds of training", ylim=(0, None), xlim=(0, None))
 
     seconds = [r["seconds"] for r in measured]

@@ -41,8 +41,9 @@ grounds.</p>
 <h2>How it went</h2>
 <img alt="loss and accuracy against seconds" src="{curves}">
 <h2>Words find pictures</h2>
-<p>The first eight of all {images:,} pictures, down to the last right one. <span class="green">✓</span>: the words are
-the picture's name or one of its keywords in Unicode's list; <span class="red">✗</span>: they are not.</p>
+<p>Above, two things as each of the six artists of training draws them, and as the seventh does. Below, the first eight
+of all {images:,} images, down to the last right one. <span class="green">✓</span>: the words are the image's name or
+one of its keywords in Unicode's list; <span class="red">✗</span>: they are not.</p>
 <img alt="queries and the pictures found" src="{queries}">
 <h2>Pictures are read</h2>
 <p>Pictures chosen at random, each with the five nearest of {classes:,} names, the true one in bold. Names of one thing

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import logging
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -129,6 +130,23 @@ def test_right_pictures_are_those_that_unicode_calls_so():
     apple = PairText("red apple", "red apple", ["fruit", "red"])
     assert sheets.describes("Fruit", apple) and sheets.describes("red apple", apple)
     assert not sheets.describes("apple", apple)
+
+
+def test_a_curve_of_one_point_can_be_seen(tmp_path):
+    dots = []
+    for losses in (1, 0):
+        history = [{"seconds": 5, "loss": 6.0}] * losses + [{"seconds": 5, "top1": 0.1, "top5": 0.2, "image_size": 32}]
+        curves.draw_curves(tmp_path / "curves.png", history)
+        left = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))[40:-60, 80:560].astype(int)
+        dots.append((np.abs(left - (15, 118, 110)).sum(-1) < 40).sum())
+    assert dots[0] > 10 and dots[1] == 0
+
+
+def test_what_all_artists_draw_is_drawn_by_all_of_them():
+    whole, test = artists_train(), artists_test()
+    drawn = Counter(whole.texts(index).text for index in range(len(whole)))
+    assert [drawn[name] for name in sheets.DRAWN_BY_ALL] == [6, 6]
+    assert set(sheets.DRAWN_BY_ALL) <= {test.texts(index).text for index in range(len(test))}
 
 
 def test_curves_are_drawn_for_a_run_that_changes_its_size(tmp_path):
