@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,7 +40,8 @@ def draw_queries(path: Path, model: Florence, tokenizer: Tokenizer, encoded: Enc
     """
     rows, columns = len(DRAWN_BY_ALL) + len(QUERIES), FOUND_A_QUERY + 1
     figure = Figure(figsize=(FOUND_A_QUERY * 1.05 + 1.9, rows * 1.05 + 0.8), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(len(DRAWN_BY_ALL) + 0.4, len(QUERIES) + 0.4))
+    heights = (len(DRAWN_BY_ALL) + 0.4, len(QUERIES) + 0.4)
+    upper, lower = cast("np.ndarray", figure.subfigures(2, 1, height_ratios=heights))
     upper.suptitle("Seen in training: six artists", x=0.46, fontsize=11, color=INK)
     upper.text(0.93, 0.985, "never seen", ha="center", va="top", fontsize=11, color=RIGHT)
     _draw_artists(upper.subplots(len(DRAWN_BY_ALL), columns, squeeze=False), model, tokenizer, encoded)

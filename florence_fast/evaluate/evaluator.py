@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from florence_fast.evaluate.classification import accuracy
 from florence_fast.evaluate.features import device_of, encode_images
 from florence_fast.evaluate.retrieval import retrieval
 from florence_fast.evaluate.zero_shot import TEXTS_AT_ONCE, build_zero_shot_classifier
+from florence_fast.models.florence import Florence
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -26,7 +28,7 @@ class RetrievalEvaluator:
 
     def run(self, model: nn.Module) -> dict[str, float]:
         """Return the recalls as fractions."""
-        found = retrieval(model, self.tokenizer, self.source)
+        found: dict[str, Any] = retrieval(cast(Florence, model), self.tokenizer, self.source)
         directions = ("image_to_text", "text_to_image")
         return {f"{way}_R@{at[1:]}": share for way in directions for at, share in found[way].items()}
 
@@ -55,10 +57,11 @@ class ZeroShotEvaluator:
 
     def run(self, model: nn.Module) -> dict[str, float]:
         """Return the shares as fractions."""
-        encoded = encode_images(model, self.source)
+        dual = cast(Florence, model)
+        encoded = encode_images(dual, self.source)
         per_batch = max(1, TEXTS_AT_ONCE // len(self.templates))
         settings = {"num_classes_per_batch": per_batch, "device": device_of(model)}
-        classifier_DK = build_zero_shot_classifier(model, self.tokenizer, self.names, self.templates, **settings)
+        classifier_DK = build_zero_shot_classifier(dual, self.tokenizer, self.names, self.templates, **settings)
         logits = encoded.features @ classifier_DK.float().cpu()
         labels = torch.tensor(self.source.labels, device="cpu")[encoded.indices]
         figures = accuracy(logits.topk(min(5, logits.shape[1])).indices, labels, len(self.names))

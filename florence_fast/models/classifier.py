@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ class Preprocessing:
         """Return that of a dual encoder's configuration, or of a dict."""
         names = [field.name for field in dataclasses.fields(cls)]
         found = {name: values[name] if isinstance(values, dict) else getattr(values, name) for name in names}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+        frozen: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in found.items()}
+        return cls(**frozen)
 
     def transform(self, image_size: int) -> Callable[[Image.Image], Tensor]:
         """Return the transform from an image to a tensor (3, S, S) for evaluation."""
@@ -129,7 +130,8 @@ def reset_head(tower: ImageTower, classes: Sequence[str], earlier: Sequence[str]
         return
     row_of = {name: row for row, name in enumerate(earlier)}
     kept = [(row, row_of[name]) for row, name in enumerate(classes) if name in row_of]
+    head = cast(nn.Linear, tower.head)
     for row, before in kept:
-        tower.head.weight[row] = old.weight[before]
-        tower.head.bias[row] = old.bias[before]
+        head.weight[row] = old.weight[before]
+        head.bias[row] = old.bias[before]
     log.info("the head keeps %d of %d classes by name", len(kept), len(classes))
