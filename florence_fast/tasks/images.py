@@ -4,6 +4,7 @@ Letters: B images of a batch · S side of the images
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +26,13 @@ def plain_images(config: Any) -> Augment:
         config: has ``image_mean`` and ``image_std``.
     """
 
+    @cache
+    def on(device: torch.device) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(values, device=device) for values in (config.image_mean, config.image_std))
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
+
     def resize_and_normalise(images: Tensor, image_size: int, seed: int, step: int) -> Tensor:
-        mean = torch.tensor(config.image_mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(config.image_std, device=images.device).view(3, 1, 1)
+        mean, std = on(images.device)
         x = images.float().div_(255)
         if x.shape[-2:] != (image_size, image_size):
             x = F.interpolate(x, size=(image_size, image_size), mode="area")
