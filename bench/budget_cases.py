@@ -1,31 +1,17 @@
 """What the static budget compiles: the cases of every op, each one call with the limits that its code must keep."""
 
-from bench.budget_ops import (
-    bias_activation,
-    contrastive_loss,
-    deform_conv2d,
-    nms,
-    patch_merging,
-    rows,
-    window_attention,
-    window_attention_long,
-    window_attention_partitioned,
-)
+import importlib
+import pkgutil
+
+import bench.budget_ops
 from bench.budget_ops.base import Case
 
 __all__ = ["ALLOWED", "CASES", "LEFT_OUT", "Case", "select"]
 
-_OPS = (
-    window_attention,
-    window_attention_long,
-    window_attention_partitioned,
-    contrastive_loss,
-    rows,
-    patch_merging,
-    bias_activation,
-    deform_conv2d,
-    nms,
-)
+_MODULES = [
+    importlib.import_module(f"bench.budget_ops.{x.name}") for x in pkgutil.iter_modules(bench.budget_ops.__path__)
+]
+_OPS = [module for module in _MODULES if hasattr(module, "CASES")]
 
 CASES: tuple[Case, ...] = tuple(case for op in _OPS for case in op.CASES)
 

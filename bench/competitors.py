@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bench.session import Built, Missing, Plan
 from florence_fast.ops import OPS, backend
+from florence_fast.ops.cases import Function, Inputs
 from florence_fast.verify import choose_backend
-from florence_fast.verify.cases import Function, Inputs
 
 Build = Callable[[Inputs, Plan], Built]
 Rival = Callable[[Inputs], Function]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.competitors import SLOW, Build, Rival, field, found, needs_gpu, unless
 from bench.session import Built, Missing, Plan
-from florence_fast.verify.cases import Function, Inputs
+from florence_fast.ops.cases import Function, Inputs
 
 MOST_PAIRS = 131_072
 """Up to here whoever has the memory is measured; a call on more takes seconds."""

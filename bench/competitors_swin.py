@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from bench.competitors import found, needs_gpu
 from bench.session import Built, Missing, Plan
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.window_attention.cases import gathered_bias
 from florence_fast.ops.windows import Cut, crop
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.window_attention import gathered_bias
 
 
 class _Given(nn.Module):

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from bench.competitors import Build, Rival, compiled, field, found, library, needs_gpu
 from bench.session import Built, Missing, Plan
+from florence_fast.ops.cases import Function, Inputs
+from florence_fast.ops.window_attention.cases import gathered_bias
 from florence_fast.ops.windows import crop, merge, partition
-from florence_fast.verify.cases import Function, Inputs
-from florence_fast.verify.window_attention import gathered_bias
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """q, k, v (B*M, h, N, d) and the bias (h, N, N) to (B*M, h, N, d)."""

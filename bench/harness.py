@@ -17,9 +17,9 @@ from bench.machine import clocks_under_load
 from bench.predicted import predicted_clocks
 from bench.session import Built, DeviceLost, Missing, OpBench, Session, dtypes_of, entry_of, modes_of
 from bench.store import Row
+from florence_fast.ops.cases import Function, each
 from florence_fast.timing import Timing, time_calls
 from florence_fast.verify import exact_results
-from florence_fast.verify.cases import Function, each
 from florence_fast.verify.compare import Judgement, judge, results
 from florence_fast.verify.timing import call_in_mode
 

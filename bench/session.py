@@ -10,7 +10,7 @@ import torch
 
 from bench.machine import Clock
 from bench.store import Store
-from florence_fast.verify.cases import Function, Inputs
+from florence_fast.ops.cases import Function, Inputs
 from florence_fast.verify.timing import MODES
 
 
@@ -49,6 +49,10 @@ class OpBench(Protocol):
 
     OP: str
     """The stage's name, and that of the op in ``florence_fast.ops.OPS`` unless there is an ``ENTRY``."""
+    PLACE: int
+    """Where the file stands among all, the most valuable first: a run may be cut short."""
+    WHAT: str
+    """What is worth knowing of the stage."""
     SHAPES: dict[str, Any]
     REHEARSAL: dict[str, Any]
     COMPETITORS: dict[str, Callable[[Inputs, Plan], Built]]

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+import bench.ops
 from bench import models, pretraining, tune_search
 from bench.harness import run_op
 from bench.machine import PACKAGES, ROOT, copy_bandwidth, matrix_rate, smi, version
@@ -206,29 +208,10 @@ def tail(log: Path) -> list[str]:
     return log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]
 
 
-MEASURED = {
-    "window_attention": "our kernels and their competitors at the paper's stages, windows of 7 to 24",
-    "window_attention_3d": "the same on frames and volumes: Video Swin's stages and SwinUNETR's",
-    "contrastive_loss": "up to 65,536 pairs beside the losses that write all logits, up to a million alone",
-    "patch_merging": "gather, norm and product in one pass, beside Swin's own code",
-    "layer_norm": "layer norm on the maps of the models, beside apex and Liger",
-    "layer_norm_residual": "the same of a sum, which is returned too",
-    "mlp": "two products with bias and GELU between them",
-    "window_attention_cosine": "Swin V2's attention at the sizes of flash-window-attention-v2's figure",
-    "window_attention_partitioned": "attention in windows that are cut out already",
-    "conv_embed": "CoSwin's stem and the convolutions between its stages",
-    "sigmoid_loss": "SigLIP's loss beside the plain one and siglip-kernel",
-    "l2_normalize": "features divided by their length",
-    "deform_conv2d": "the levels of Dynamic Head, beside torchvision",
-    "batched_nms": "boxes of many classes, beside torchvision",
-    "nms": "boxes of one class, beside torchvision",
-}
-"""The files of bench/ops, in order of value, and what is worth knowing of each."""
-
-
 def ops() -> list[OpBench]:
-    """Return the files of bench/ops in the order in which they are measured."""
-    return [importlib.import_module(f"bench.ops.{name}") for name in MEASURED]
+    """Return the files of bench/ops, the most valuable first."""
+    found = [importlib.import_module(f"bench.ops.{module.name}") for module in pkgutil.iter_modules(bench.ops.__path__)]
+    return sorted(found, key=lambda op: op.PLACE)
 
 
 def stages() -> list[Stage]:
@@ -237,7 +220,7 @@ def stages() -> list[Stage]:
         Stage("environment", "versions, clocks, copy bandwidth and matrix rate", environment, once=False, always=True),
         Stage("correctness", "the tests marked gpu, or the checks of florence-fast verify", correctness),
         Stage("self_test", "whether this Triton multiplies a transposed product right here", self_test),
-        *(Stage(op.OP, MEASURED[op.OP], measure(op), once=False) for op in ops()),
+        *(Stage(op.OP, op.WHAT, measure(op), once=False) for op in ops()),
         Stage("tune", "the launch configuration of each kernel, found by measurement", tune_search.run, once=False),
         Stage("inference", "Swin and CoSwin: images a second, MFU, peak memory", models.inference, once=False),
         Stage("training", "the same, forward and backward", models.training, once=False),

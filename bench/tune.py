@@ -35,16 +35,16 @@ def main(args: list[str] | None = None) -> int:
     import torch
 
     from bench.session import DeviceLost, OutOfTime
-    from bench.tune_search import OPS, run
+    from bench.tune_search import run, tuned
 
     for name in options.op or ():
-        if name not in OPS:
-            print(f"unknown op {name!r}; known: {', '.join(OPS)}", file=sys.stderr)
+        if name not in tuned():
+            print(f"unknown op {name!r}; known: {', '.join(tuned())}", file=sys.stderr)
             return 2
     if options.apply:
         return apply(options.out or RESULTS)
     if not options.rehearse and not torch.cuda.is_available():
-        print(f"No GPU that PyTorch can use, so nothing was tuned; with one, this tunes: {', '.join(OPS)}.")
+        print(f"No GPU that PyTorch can use, so nothing was tuned; with one, this tunes: {', '.join(tuned())}.")
         return 0
     session = open_session(options, torch.device("cpu" if options.rehearse else "cuda"))
     session.show(f"record: {session.store.path.parent / 'tuning'}")

@@ -4,7 +4,6 @@ A bucket is a size of ``bench/ops`` in a dtype. It says by itself which kernels 
 ``florence_fast.kernels.configs``; a key that several buckets share is tuned by the first.
 """
 
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -29,12 +28,6 @@ from florence_fast.kernels.targets import target_of
 from florence_fast.timing import Timing, time_calls
 from florence_fast.verify.compare import Judgement, relative_error, results
 
-OPS = (
-    *("window_attention", "contrastive_loss", "layer_norm", "patch_merging", "window_attention_3d", "mlp"),
-    *("layer_norm_residual", "sigmoid_loss", "l2_normalize", "window_attention_partitioned"),
-    *("window_attention_cosine", "deform_conv2d"),
-)
-"""Files of ``bench/ops`` whose kernels take a ``Config``, the most valuable first."""
 REHEARSED = ("layer_norm",)
 SECONDS = 0.1
 """How long a candidate is timed, warm-up not counted."""
@@ -64,7 +57,8 @@ def run(session: Session, names: tuple[str, ...] = (), minutes: float = STAGE_MI
     if fresh:
         record.forget()
     table = (folder / "configs" / f"sm_{arch}.json") if rehearse else configs.table_path(arch)
-    chosen = [importlib.import_module(f"bench.ops.{name}") for name in names or (REHEARSED if rehearse else OPS)]
+    wanted = names or (REHEARSED if rehearse else tuple(tuned()))
+    chosen = [tuned()[name] for name in wanted]
     before = len(record.finished())
     try:
         with excluding(arch, record, session) as budget:
@@ -82,6 +76,13 @@ def run(session: Session, names: tuple[str, ...] = (), minutes: float = STAGE_MI
     counts = {status: statuses.count(status) for status in ("tuned", "kept", "wrong", "lost")}
     session.show(f"  {counts['tuned']} kernels have a configuration of their own, {counts['kept']} keep the default")
     return {**counts, "measured": len(record.finished()) - before, "compiled_ahead": compiled}
+
+
+def tuned() -> dict[str, ModuleType]:
+    """Return the files of ``bench/ops`` whose kernels take a ``Config``, the most valuable first."""
+    from bench.stages import ops
+
+    return {op.OP: op for op in ops() if getattr(op, "TUNED", True)}
 
 
 def buckets(ops: list[ModuleType], rehearse: bool) -> Iterator[tuple[ModuleType, str, str]]:

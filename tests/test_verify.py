@@ -9,10 +9,9 @@ from florence_fast import native, ops, verify
 from florence_fast.cli import verify as command
 from florence_fast.ops import OPS
 from florence_fast.ops.window_attention import torch as window_attention_torch
-from florence_fast.verify.cases import subjects
+from florence_fast.ops.window_attention.cases import SUBJECT
+from florence_fast.ops.window_attention.cases import setup as draw_windows
 from florence_fast.verify.compare import CEILINGS, Judgement, joined, judge, relative_error
-from florence_fast.verify.window_attention import SUBJECT
-from florence_fast.verify.window_attention import setup as draw_windows
 
 
 def run(capsys, *args: str) -> tuple[int, str]:
@@ -39,8 +38,8 @@ WITHOUT_ERRORS = {"nms", "batched_nms"}
 
 
 def test_every_op_is_verified_and_has_its_plain_computation():
-    assert set(subjects()) == set(OPS) - WITHOUT_ERRORS
-    for subject in subjects().values():
+    assert set(verify.subjects()) == set(OPS) - WITHOUT_ERRORS
+    for subject in verify.subjects().values():
         assert subject.checked and "eager" in subject.rivals and set(subject.timed) == {"cpu", "cuda"}
 
 
@@ -50,7 +49,7 @@ def test_every_op_passes_here_in_every_dtype(capsys, tmp_path):
     assert code == 0 and found["passed"], shown
     assert found["seeds"] == [3, 4, 5] and found["torch"] == torch.__version__ and found["times"] == []
     assert {(row["op"], row["dtype"]) for row in found["checks"]} == {
-        (op, dtype) for op in subjects() for dtype in verify.DTYPES
+        (op, dtype) for op in verify.subjects() for dtype in verify.DTYPES
     }
     for row in found["checks"]:
         names = [result["name"] for result in row["results"]]
@@ -135,7 +134,7 @@ def test_equal_seeds_draw_equal_tensors():
 
 
 def window_shape():
-    from florence_fast.verify.window_attention import Shape
+    from florence_fast.ops.window_attention.cases import Shape
 
     return Shape(1, 6, 7, 1, window=3, shift=1, head_dim=16)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.cpu_rows.base import OURS, Run, Skipped, Subject, peak_of
 from florence_fast.ops import contrastive_loss
-from florence_fast.verify.contrastive_loss import eager, setup
+from florence_fast.ops.contrastive_loss.cases import eager, setup
 
 DIM = 512
 TIMED = (2048, 4096, 8192)

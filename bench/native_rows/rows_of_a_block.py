@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bench.native_rows.base import DTYPES, OURS, Call, Run, Subject
 from florence_fast import ops
+from florence_fast.ops.layer_norm.cases import plain_layer_norm_residual
 from florence_fast.ops.mlp import cpp as mlp_cpp
-from florence_fast.verify.rows import plain_layer_norm_residual
 
 OPS = ("layer_norm_residual", "bias_gelu")
 WIDTHS = {"Swin-T": 96, "Swin-B": 128}

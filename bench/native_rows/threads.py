@@ -6,7 +6,7 @@ import torch
 
 from bench.native_rows.base import DTYPES, Call, Run, Subject
 from florence_fast import ops
-from florence_fast.verify.window_attention import Shape, setup
+from florence_fast.ops.window_attention.cases import Shape, setup
 
 OPS = ("threads",)
 NATIVE, PRODUCT, ALTERNATING = "native op alone", "product alone", "the two alternating"

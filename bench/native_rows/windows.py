@@ -11,8 +11,8 @@ import torch
 
 from bench.native_rows.base import DTYPES, OURS, Call, Run, Subject
 from florence_fast import ops
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.window_attention import Shape, eager, sdpa, setup
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.window_attention.cases import Shape, eager, sdpa, setup
 
 OPS = ("window_attention",)
 STAGES = ((56, 1), (28, 2), (14, 4), (7, 8))

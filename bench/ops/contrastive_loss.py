@@ -13,16 +13,18 @@ import torch
 
 from bench.competitors import SLOW as SLOW_TO_BUILD
 from bench.competitors_losses import cut_cross_entropy, inf_cl, loss_field, open_clip
-from florence_fast.verify import contrastive_loss
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.contrastive_loss import SUBJECT
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.contrastive_loss import cases
+from florence_fast.ops.contrastive_loss.cases import SUBJECT
 
 __all__ = [
     "COMPETITORS",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 OP = "contrastive_loss"
+PLACE = 3
+WHAT = "up to 65,536 pairs beside the losses that write all logits, up to a million alone"
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def takes(shape: Shape, dtype: str) -> bool:
 
 def setup(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """Draw the features of a batch."""
-    return contrastive_loss.repeated_setup(*(shape.batch, shape.dim, shape.names, shape.repeats), dtype, device, seed)
+    return cases.repeated_setup(*(shape.batch, shape.dim, shape.names, shape.repeats), dtype, device, seed)
 
 
 # Both features are read, and in the backward their gradients written; B x B logits are not.

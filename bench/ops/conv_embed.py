@@ -10,15 +10,18 @@ import torch
 
 from bench.competitors import SLOW as SLOW_TO_BUILD
 from bench.competitors import field
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.merging import plain_conv_embed, setup_convolution
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.conv_embed.cases import plain_conv_embed, setup_convolution
 
 __all__ = [
     "COMPETITORS",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "TUNED",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -27,6 +30,9 @@ __all__ = [
 ]
 
 OP = "conv_embed"
+PLACE = 10
+WHAT = "CoSwin's stem and the convolutions between its stages"
+TUNED = False
 
 
 @dataclass(frozen=True)

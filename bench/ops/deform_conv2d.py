@@ -11,16 +11,18 @@ from torch import Tensor
 from bench.competitors import SLOW as SLOW_TO_BUILD
 from bench.competitors import field, found
 from bench.session import Built, Plan
-from florence_fast.verify import deform_conv2d
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.deform_conv2d import SUBJECT
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.deform_conv2d import cases
+from florence_fast.ops.deform_conv2d.cases import SUBJECT
 
 __all__ = [
     "COMPETITORS",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 OP = "deform_conv2d"
+PLACE = 13
+WHAT = "the levels of Dynamic Head, beside torchvision"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ REHEARSAL = {"tiny": Shape(1, 4, 5, 16)}
 
 def setup(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """Draw maps, offsets, a mask, the convolution and the gradient."""
-    return deform_conv2d.setup(*(shape.batch, shape.height, shape.width, shape.channels), dtype, device, seed)
+    return cases.setup(*(shape.batch, shape.height, shape.width, shape.channels), dtype, device, seed)
 
 
 # A pixel has C channels, 18 offsets and 9 factors; they are read and C channels written. The backward reads them and

@@ -8,15 +8,17 @@ import torch
 from bench.competitors import SLOW as SLOW_TO_BUILD
 from bench.competitors import field
 from bench.ops.layer_norm import Shape, bytes_moved, flops, units
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.rows import draw_l2_normalize, plain_l2_normalize
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.l2_normalize.cases import draw_l2_normalize, plain_l2_normalize
 
 __all__ = [
     "COMPETITORS",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -25,6 +27,8 @@ __all__ = [
 ]
 
 OP = "l2_normalize"
+PLACE = 12
+WHAT = "features divided by their length"
 SHAPES = {
     "batch_24k_d512": Shape(24576, 512),
     "batch_24k_d1024": Shape(24576, 1024),

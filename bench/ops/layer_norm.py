@@ -10,15 +10,17 @@ import torch
 from bench.competitors import SLOW as SLOW_TO_BUILD
 from bench.competitors import field, found, needs_gpu
 from bench.session import Built, Plan
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.rows import draw_layer_norm, plain_layer_norm
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.layer_norm.cases import draw_layer_norm, plain_layer_norm
 
 __all__ = [
     "COMPETITORS",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 OP = "layer_norm"
+PLACE = 5
+WHAT = "layer norm on the maps of the models, beside apex and Liger"
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,18 @@ from bench.competitors import SLOW as SLOW_TO_BUILD
 from bench.competitors import field
 from bench.ops import layer_norm
 from bench.ops.layer_norm import Shape, flops, units
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.rows import draw_layer_norm_residual, plain_layer_norm_residual
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.layer_norm.cases import draw_layer_norm_residual, plain_layer_norm_residual
 
 __all__ = [
     "COMPETITORS",
     "ENTRY",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 OP, ENTRY = "layer_norm_residual", "layer_norm"
+PLACE = 6
+WHAT = "the same of a sum, which is returned too"
 SHAPES = {
     "swin_t_stage1_224": Shape(128 * 56 * 56, 96),
     "swin_t_stage4_224": Shape(128 * 7 * 7, 768),

@@ -8,15 +8,17 @@ import torch
 from bench.competitors import SLOW as SLOW_TO_BUILD
 from bench.competitors import field
 from bench.ops.layer_norm import Shape, units
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.rows import draw_mlp, plain_mlp
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.mlp.cases import draw_mlp, plain_mlp
 
 __all__ = [
     "COMPETITORS",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -25,6 +27,8 @@ __all__ = [
 ]
 
 OP = "mlp"
+PLACE = 7
+WHAT = "two products with bias and GELU between them"
 SHAPES = {
     "swin_t_stage1_224": Shape(128 * 56 * 56, 96),
     "swin_t_stage3_224": Shape(128 * 14 * 14, 384),

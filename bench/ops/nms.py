@@ -12,10 +12,13 @@ import torch
 
 from bench.competitors import Build, Rival, found, library, ours
 from bench.session import Built, Plan
-from florence_fast.verify import nms
-from florence_fast.verify.cases import Inputs
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.nms import cases
 
 OP = "nms"
+PLACE = 15
+WHAT = "boxes of one class, beside torchvision"
+TUNED = False
 MODES = ("forward",)
 
 
@@ -38,7 +41,7 @@ def takes(shape: Shape, dtype: str) -> bool:
 
 def setup(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """Draw boxes and scores."""
-    return nms.setup(shape.boxes, shape.classes, dtype, device, seed)
+    return cases.setup(shape.boxes, shape.classes, dtype, device, seed)
 
 
 # Four coordinates and a score are read; how many indices are written is a matter of the boxes, and they are few.
@@ -64,7 +67,7 @@ def budget_cases(shape: Shape, dtype: str, mode: str) -> list[str]:
 
 def eager(inputs: Inputs) -> functools.partial:
     """Take the loop over boxes."""
-    return functools.partial(nms.eager, **inputs.options)
+    return functools.partial(cases.eager, **inputs.options)
 
 
 def torchvision(inputs: Inputs, plan: Plan) -> Built:

@@ -9,15 +9,17 @@ import torch
 
 from bench.competitors import SLOW as SLOW_TO_BUILD
 from bench.competitors import field
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.merging import plain_patch_merging, setup_patch_merging
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.patch_merging.cases import plain_patch_merging, setup_patch_merging
 
 __all__ = [
     "COMPETITORS",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -26,6 +28,8 @@ __all__ = [
 ]
 
 OP = "patch_merging"
+PLACE = 4
+WHAT = "gather, norm and product in one pass, beside Swin's own code"
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,17 @@ import torch
 from bench.competitors import SLOW as SLOW_TO_BUILD
 from bench.competitors_losses import loss_field, siglip_kernel
 from bench.ops.contrastive_loss import Shape, bytes_moved, flops, units
-from florence_fast.verify import contrastive_loss
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.contrastive_loss import SIGMOID
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.sigmoid_loss import cases
 
 __all__ = [
     "COMPETITORS",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 OP = "sigmoid_loss"
+PLACE = 11
+WHAT = "SigLIP's loss beside the plain one and siglip-kernel"
 SHAPES = {
     "siglip_16k_d512": Shape(16384, 512),
     "siglip_16k_d768": Shape(16384, 768),
@@ -37,7 +40,7 @@ REHEARSAL = {"tiny": Shape(70, 32)}
 
 def setup(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """Draw the features of a batch."""
-    return contrastive_loss.sigmoid_setup(shape.batch, shape.dim, shape.names, dtype, device, seed)
+    return cases.setup(shape.batch, shape.dim, shape.names, dtype, device, seed)
 
 
 def budget_cases(shape: Shape, dtype: str, mode: str) -> list[str]:
@@ -45,4 +48,4 @@ def budget_cases(shape: Shape, dtype: str, mode: str) -> list[str]:
     return [f"sigmoid_loss D{shape.dim} {dtype} forward"] if mode == "forward" else []
 
 
-COMPETITORS = loss_field(OP, SIGMOID.rivals["eager"], {"siglip-kernel": siglip_kernel})
+COMPETITORS = loss_field(OP, cases.SUBJECT.rivals["eager"], {"siglip-kernel": siglip_kernel})

@@ -9,14 +9,16 @@ import torch
 
 from bench.competitors_swin import monai, window_process
 from bench.competitors_windows import SLOW_TO_BUILD, window_field
-from florence_fast.verify.window_attention import SUBJECT, Shape, Shape3d, setup
+from florence_fast.ops.window_attention.cases import SUBJECT, Shape, Shape3d, setup
 
 __all__ = [
     "COMPETITORS",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -25,6 +27,8 @@ __all__ = [
 ]
 
 OP = "window_attention"
+PLACE = 1
+WHAT = "our kernels and their competitors at the paper's stages, windows of 7 to 24"
 # The most valuable first: a run may be cut short.
 SHAPES = {
     "swin_t_stage1_224": Shape(128, 56, 56, 3),

@@ -6,15 +6,17 @@ The formulas are those in two dimensions: tokens, windows and heads are counted 
 from bench.competitors_swin import monai
 from bench.competitors_windows import SLOW_TO_BUILD, window_field
 from bench.ops.window_attention import budget_cases, bytes_moved, flops, units
-from florence_fast.verify.window_attention import SUBJECT, Shape3d, setup
+from florence_fast.ops.window_attention.cases import SUBJECT, Shape3d, setup
 
 __all__ = [
     "COMPETITORS",
     "ENTRY",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -23,6 +25,8 @@ __all__ = [
 ]
 
 OP, ENTRY = "window_attention_3d", "window_attention"
+PLACE = 2
+WHAT = "the same on frames and volumes: Video Swin's stages and SwinUNETR's"
 _LONG = {"window": (16, 7, 7), "shift": (8, 3, 3)}
 _CUBE = {"window": (7, 7, 7), "shift": (3, 3, 3), "head_dim": 16}
 # 32 frames are 16 after the patches, and Video Swin's longer window has all of them. A volume of 96 voxels a side has

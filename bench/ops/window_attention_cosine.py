@@ -9,16 +9,18 @@ from bench.competitors import Build, field, library
 from bench.competitors_windows import flash_window_attention_v2
 from bench.ops import window_attention
 from bench.ops.window_attention import bytes_moved, flops, units
-from florence_fast.verify.window_attention import Shape, cosine_eager, cosine_sdpa, rival
-from florence_fast.verify.window_attention import setup_cosine as setup
+from florence_fast.ops.window_attention.cases import Shape, cosine_eager, cosine_sdpa, rival
+from florence_fast.ops.window_attention.cases import setup_cosine as setup
 
 __all__ = [
     "COMPETITORS",
     "ENTRY",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 OP, ENTRY = "window_attention_cosine", "window_attention"
+PLACE = 8
+WHAT = "Swin V2's attention at the sizes of flash-window-attention-v2's figure"
 SHAPES = {
     f"16_maps_window{side}": Shape(16, 4 * side, 4 * side, 6, window=side, shift=side // 2) for side in (8, 12, 16, 24)
 }

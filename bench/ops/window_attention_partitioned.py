@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from bench.competitors_windows import SLOW_TO_BUILD, window_field
-from florence_fast.verify import window_attention_partitioned
-from florence_fast.verify.cases import Inputs
-from florence_fast.verify.window_attention_partitioned import SUBJECT
+from florence_fast.ops.cases import Inputs
+from florence_fast.ops.window_attention_partitioned import cases
+from florence_fast.ops.window_attention_partitioned.cases import SUBJECT
 
 __all__ = [
     "COMPETITORS",
     "OP",
+    "PLACE",
     "REHEARSAL",
     "SHAPES",
     "SLOW_TO_BUILD",
+    "WHAT",
     "budget_cases",
     "bytes_moved",
     "flops",
@@ -26,6 +28,8 @@ __all__ = [
 ]
 
 OP = "window_attention_partitioned"
+PLACE = 9
+WHAT = "attention in windows that are cut out already"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ REHEARSAL = {"tiny": Shape(4, 2, 1, tokens=9, head_dim=16)}
 def setup(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     """Draw q, k, v, the bias, a mask as a shift gives it, and the gradient."""
     sizes = (shape.windows, shape.masks, shape.heads, shape.tokens, shape.head_dim)
-    return window_attention_partitioned.setup(*sizes, dtype, device, seed)
+    return cases.setup(*sizes, dtype, device, seed)
 
 
 # q, k and v are read and the result written; the backward reads them and the gradient and writes three. Bias and mask

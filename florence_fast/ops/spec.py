@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from florence_fast.ops import dispatch
+from florence_fast.ops.cases import Subject
 from florence_fast.ops.registration import Arguments, RegisteredOp, differentiable_gradients
 
 Reasons = Callable[..., list[str]]
@@ -75,6 +76,8 @@ class Op:
         self._make_example, self._reasons = example, reasons or {}
         self._package = function.__module__.rpartition(".")[0]
         self._backends: dict[str, ModuleType] = {}
+        self.forward_op: RegisteredOp | None = None
+        self.backward_op: RegisteredOp | None = None
         assert self.name not in dispatch.OPS, f"the op {self.name!r} is registered twice"
         dispatch.OPS[self.name] = self
         if tensors:
@@ -108,9 +111,9 @@ class Op:
             module = self._backends[name] = importlib.import_module(f"{self._package}.{name}")
         return module
 
-    def cases(self) -> ModuleType:
-        """Return the module with the op's cases."""
-        return importlib.import_module(f"{self._package}.cases")
+    def subject(self) -> Subject | None:
+        """Return the op's cases, from ``cases.py``; None where no error of numbers says whether a result is right."""
+        return getattr(importlib.import_module(f"{self._package}.cases"), "SUBJECTS", {}).get(self.name)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the registered op on ``(*tensors, *values, backend)``, without ``train``; the result and what is kept.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from florence_fast.ops import OPS
+from florence_fast.ops.cases import Case, Function, Inputs, Subject
 from florence_fast.ops.dispatch import choose
 from florence_fast.provenance import provenance
 from florence_fast.timing import Timing, time_calls
-from florence_fast.verify.cases import Case, Function, Inputs, Subject, subjects
 from florence_fast.verify.compare import Judgement, joined, judge, results
 from florence_fast.verify.timing import MODES, call_in_mode
 
@@ -26,6 +26,12 @@ SECONDS = 1.0
 """How long each entry of the table of times is measured."""
 
 Show = Callable[[str], None]
+
+
+def subjects() -> dict[str, Subject]:
+    """Return what is verified, by the name of the op."""
+    found = {name: op.subject() for name, op in OPS.items()}
+    return {name: subject for name, subject in found.items() if subject is not None}
 
 
 def verify(
@@ -54,7 +60,7 @@ def verify(
     True
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = [subject for name, subject in subjects().items() if name in OPS]
+    chosen = list(subjects().values())
     checks = []
     for subject in chosen:
         for case in subject.checked:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from florence_fast.verify.cases import Function, each
+from florence_fast.ops.cases import Function, each
 
 FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 

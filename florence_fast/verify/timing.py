@@ -6,8 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from florence_fast.ops.cases import Function, each
 from florence_fast.timing import Call
-from florence_fast.verify.cases import Function, each
 
 MODES = ("forward", "backward", "both")
 

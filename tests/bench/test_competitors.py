@@ -24,9 +24,9 @@ from bench.ops import (
 )
 from bench.session import Missing, Plan, entry_of
 from florence_fast.ops import OPS
+from florence_fast.ops.window_attention.cases import Shape
 from florence_fast.verify import exact_results
 from florence_fast.verify.compare import judge, relative_error, results
-from florence_fast.verify.window_attention import Shape
 
 
 def test_a_package_is_missing_for_one_of_three_reasons(monkeypatch, tmp_path):

@@ -15,8 +15,8 @@ from bench.ops import window_attention
 from bench.session import Missing, OutOfTime, Plan, Session, modes_of
 from bench.store import Store
 from florence_fast import timing
+from florence_fast.ops.window_attention.cases import SUBJECT, Shape, eager
 from florence_fast.timing import MIN_SAMPLE_SECONDS
-from florence_fast.verify.window_attention import SUBJECT, Shape, eager
 
 OPS = stages.ops()
 TINY = {"tiny": Shape(1, 4, 5, 1, window=3, shift=1, head_dim=16)}
@@ -166,7 +166,7 @@ def wrong_gradient(qkv, rel_pos_bias_table, **prepared):
     ("function", "named"), [(wrong_values, "out, dqkv"), (wrong_gradient, "drel_pos_bias_table")], ids=["out", "table"]
 )
 def test_a_wrong_competitor_is_red_and_gets_no_time(open_session, function, named):
-    from florence_fast.verify.window_attention import rival
+    from florence_fast.ops.window_attention.cases import rival
 
     session = open_session()
     with pytest.raises(stages.StageFailed, match="3 rows with wrong values, 0 with an error"):

@@ -21,10 +21,10 @@ from bench.ops import (
 from bench.session import Missing, Plan, Session, dtypes_of, entry_of, modes_of
 from bench.store import Store
 from florence_fast.ops import OPS
+from florence_fast.ops.cases import Inputs, each
+from florence_fast.ops.contrastive_loss.cases import repeated_setup, setup
 from florence_fast.verify import exact_results
-from florence_fast.verify.cases import Inputs, each
 from florence_fast.verify.compare import relative_error, results
-from florence_fast.verify.contrastive_loss import repeated_setup, setup
 
 EVERY = stages.ops()
 SIZES = [pytest.param(op, shape, id=f"{op.OP}-{name}") for op in EVERY for name, shape in op.REHEARSAL.items()]
@@ -39,9 +39,10 @@ def rival(op: ModuleType, inputs: Inputs) -> Callable:
 def test_every_op_is_measured_by_a_stage_of_its_own():
     assert {entry_of(op) for op in EVERY} == set(OPS)
     files = {path.stem for path in (Path(stages.__file__).parent / "ops").glob("*.py")} - {"__init__"}
-    assert files == set(stages.MEASURED) == {op.OP for op in EVERY}
+    names = [op.OP for op in EVERY]
+    assert files == set(names) and len({op.PLACE for op in EVERY}) == len(EVERY)
     named = [stage.name for stage in stages.stages()]
-    assert [name for name in named if name in stages.MEASURED] == list(stages.MEASURED)
+    assert [name for name in named if name in names] == names and names[0] == "window_attention"
     assert named.index("tune") > named.index("nms") and named[-1] == "demo"
 
 

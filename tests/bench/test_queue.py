@@ -63,7 +63,7 @@ def test_a_stage_says_how_many_rows_have_a_time_on_each_gpu(tmp_path):
     ended = {"environment": {"status": "done", "details": {"device": "NVIDIA H200"}}, "demo": {"status": "skipped"}}
     (tmp_path / "gpu_x.json").write_text(json.dumps({"rows": rows, "stages": ended}))
     text = queue.queue(tmp_path)
-    assert f"| window_attention | {stages.MEASURED['window_attention']} | NVIDIA H200: 1 of 2 rows |" in text
+    assert f"| window_attention | {stages.ops()[0].WHAT} | NVIDIA H200: 1 of 2 rows |" in text
     assert "matrix rate | NVIDIA H200: done |" in text and "on CUDA | NVIDIA H200: skipped |" in text
 
 

@@ -310,3 +310,4 @@ _OP = Op(layer_norm, layer_norm_reference, example=_example, reasons={"triton": 
 _layer_norm = RegisteredOp("layer_norm", _forward, _forward_fake, _arguments)
 _layer_norm_backward = RegisteredOp("layer_norm_backward", _backward, _backward_fake)
 _layer_norm.register_autograd(_run_backward, setup_context=_setup_context)
+_OP.forward_op, _OP.backward_op = _layer_norm, _layer_norm_backward

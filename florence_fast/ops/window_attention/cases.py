@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from florence_fast.ops.cases import Case, Function, Inputs, Subject, generator
 from florence_fast.ops.windows import MAX_LOG_SCALE, Cut, blocked_pairs, crop, cut_map, merge, offset_index, partition
-from florence_fast.verify.cases import Case, Function, Inputs, Subject, generator
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,24 @@ def setup_cosine(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -
     return inputs
 
 
+def setup_every_option(dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    """Draw what the other form takes: a bias in place of a table, cosines, pads that are ``qkv_bias``, a ring."""
+    draw = generator(device, seed)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, device=device, dtype=wide)
+
+    tensors = {
+        "qkv": normal(2, 7, 9, 96).to(dtype),
+        "bias": normal(2, 12, 12),
+        "logit_scale": normal(2, 1, 1),
+        "qkv_bias": normal(96),
+    }
+    options = {"window_size": (4, 3), "num_heads": 2, "shift_size": (2, 1), "pad_mode": "bias", "cyclic": (False, True)}
+    return Inputs(tensors, options, normal(2, 7, 9, 32).to(dtype))
+
+
 def eager(
     qkv: Tensor, rel_pos_bias_table: Tensor, *, cut: Cut, num_heads: int, index: Tensor, mask: Tensor | None
 ) -> Tensor:
@@ -171,4 +189,12 @@ SUBJECT = Subject(
         "cuda": case("Swin-T stage 1, 128 pictures", Shape(batch=128, height=56, width=56, heads=3)),
     },
     rivals={"eager": rival(eager), "sdpa": rival(sdpa)},
+    small=(
+        case("ragged and shifted", Shape(2, 9, 11, 2, window=4, shift=2, head_dim=16)),
+        Case("cosines, bias, pads", setup_every_option),
+        Case("3-D", functools.partial(setup, Shape3d(1, 3, 5, 6, 2, window=(2, 4, 4), shift=(1, 2, 2), head_dim=16))),
+    ),
+    empty=case("no maps", Shape(0, 9, 11, 2, window=4, shift=2, head_dim=16)),
+    autocast=("qkv",),
 )
+SUBJECTS = {"window_attention": SUBJECT}

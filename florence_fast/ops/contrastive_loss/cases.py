@@ -1,5 +1,4 @@
-"""The contrastive losses with their whole matrix of logits, as open_clip and UniCL compute them, and what verification
-takes.
+"""The contrastive loss with its whole matrix of logits, as open_clip and UniCL compute it, and what verification takes.
 
 Letters: B pairs · D embedding dim.
 """
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.verify.cases import Case, Function, Inputs, Subject, generator
+from florence_fast.ops.cases import Case, Function, Inputs, Subject, generator
 
 
 def setup(batch: int, dim: int, names: int | None, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
@@ -77,32 +76,6 @@ def _case(name: str, batch: int, dim: int, names: int | None) -> Case:
     return Case(name, functools.partial(setup, batch, dim, names))
 
 
-def sigmoid_setup(batch: int, dim: int, names: int | None, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-    """Draw the same with the scale and bias that SigLIP begins with."""
-    inputs = setup(batch, dim, names, dtype, device, seed)
-    scalars = {"logit_scale": 10.0, "logit_bias": -10.0}
-    wide = inputs.tensors["logit_scale"]
-    tensors = inputs.tensors | {name: torch.full_like(wide, value) for name, value in scalars.items()}
-    return Inputs(tensors, inputs.options, inputs.grad_out)
-
-
-def sigmoid_eager(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor, *, labels: Tensor | None
-) -> Tensor:
-    """Compute all B x B logits and the log sigmoid of each."""
-    logits = logit_scale * image_features @ text_features.T + logit_bias
-    same = torch.eye(len(logits), device=logits.device).bool() if labels is None else labels[:, None] == labels
-    return -F.logsigmoid(torch.where(same, logits, -logits)).sum() / len(logits)
-
-
-def _sigmoid_eager(inputs: Inputs) -> Function:
-    return functools.partial(sigmoid_eager, **inputs.options)
-
-
-def _sigmoid_case(name: str, batch: int, dim: int, names: int | None) -> Case:
-    return Case(name, functools.partial(sigmoid_setup, batch, dim, names))
-
-
 SUBJECT = Subject(
     op="contrastive_loss",
     checked=(_case("CLIP", 256, 128, None), _case("UniCL", 300, 96, 40)),
@@ -111,14 +84,12 @@ SUBJECT = Subject(
         "cuda": _case("16,384 pairs, D=512", 16384, 512, None),
     },
     rivals={"eager": _eager},
+    small=(
+        _case("CLIP", 21, 24, None),
+        _case("UniCL", 21, 24, 9),
+        _case("UniCL", 21, 24, 9).given("tiles", chunk_size=8),
+        _case("UniCL", 21, 24, 9).given("the paper's sum", reduction="sum_directions"),
+        _case("UniCL", 21, 24, 9).given("one way", reduction="image_to_text"),
+    ),
 )
-
-SIGMOID = Subject(
-    op="sigmoid_loss",
-    checked=(_sigmoid_case("SigLIP", 256, 128, None), _sigmoid_case("labels", 300, 96, 40)),
-    timed={
-        "cpu": _sigmoid_case("2,048 pairs, D=512", 2048, 512, None),
-        "cuda": _sigmoid_case("16,384 pairs, D=512", 16384, 512, None),
-    },
-    rivals={"eager": _sigmoid_eager},
-)
+SUBJECTS = {"contrastive_loss": SUBJECT}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.verify.cases import Case, Function, Inputs, Subject, generator
+from florence_fast.ops.cases import Case, Function, Inputs, Subject, generator
 
 
 def setup(
@@ -27,6 +27,13 @@ def setup(
     region = torch.randint(2, (masks, tokens), generator=draw, device=device)
     mask = torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0).to(dtype)
     return Inputs(tensors, {"mask": mask}, normal(windows, heads, tokens, head_dim).to(dtype), {"mask": mask})
+
+
+def setup_learnt_mask(dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    """Draw the same, the mask being a tensor that gets a gradient, and a scale."""
+    inputs = setup(6, 3, 2, 13, 16, dtype, device, seed)
+    tensors = inputs.tensors | {"mask": inputs.options["mask"] / 50}
+    return Inputs(tensors, {"scale": 0.3}, inputs.grad_out)
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, mask: Tensor) -> Tensor:
@@ -62,4 +69,12 @@ SUBJECT = Subject(
         "cuda": case("Swin-T stage 1, 128 pictures", 8192, 64, 3, 49, 32),
     },
     rivals={"eager": rival(eager), "sdpa": rival(sdpa)},
+    small=(
+        case("masked", 8, 4, 2, 13, 16),
+        case("masked", 8, 4, 2, 13, 16).given("neither", bias=None, mask=None),
+        Case("a mask that learns", setup_learnt_mask),
+    ),
+    empty=case("no windows", 0, 4, 2, 13, 16),
+    autocast=("q", "k", "v"),
 )
+SUBJECTS = {"window_attention_partitioned": SUBJECT}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from florence_fast.verify.cases import Case, Function, Inputs, Subject, generator
+from florence_fast.ops.cases import Case, Function, Inputs, Subject, generator
 
 
 def setup(batch: int, height: int, width: int, channels: int, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
@@ -30,6 +30,19 @@ def setup(batch: int, height: int, width: int, channels: int, dtype: torch.dtype
     }
     grad_out = normal(batch, channels, height, width).to(dtype)
     return Inputs({name: x.to(dtype) for name, x in tensors.items()}, {"padding": 1}, grad_out)
+
+
+def strided_setup(dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    """Draw a map for a 3x2 convolution of two groups with two groups of offsets, each side with sizes of its own."""
+    draw = generator(device, seed)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, device=device, dtype=wide).to(dtype)
+
+    tensors = {"input": normal(2, 8, 9, 8), "offset": normal(2, 24, 5, 5), "weight": normal(6, 4, 3, 2) / 24**0.5}
+    options = {"stride": (2, 1), "padding": (2, 0), "dilation": (2, 3)}
+    return Inputs(tensors, options, normal(2, 6, 5, 5))
 
 
 def eager(input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, *, padding: int) -> Tensor:
@@ -70,4 +83,12 @@ SUBJECT = Subject(
         "cuda": _case("Dynamic Head level 3, 8 pictures", 8, 100, 152, 256),
     },
     rivals={"eager": _eager},
+    small=(
+        _case("3x3", 2, 4, 5, 16),
+        _case("3x3", 2, 4, 5, 16).given("no mask, no bias", mask=None, bias=None),
+        Case("strided", strided_setup),
+    ),
+    empty=_case("no maps", 0, 4, 5, 16),
+    autocast=("input", "weight", "bias"),
 )
+SUBJECTS = {"deform_conv2d": SUBJECT}

@@ -3,12 +3,10 @@
 Letters: N boxes.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from florence_fast.verify.cases import Inputs, generator
+from florence_fast.ops.cases import Inputs, generator
 
 
 def setup(count: int, classes: int | None, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
@@ -25,7 +23,7 @@ def setup(count: int, classes: int | None, dtype: torch.dtype, device: str, seed
         "boxes": torch.cat((corners, corners + sides), 1).to(wide),
         "scores": torch.rand(count, generator=draw, device=device, dtype=wide),
     }
-    options: dict[str, Any] = {"iou_threshold": 0.5}
+    options = {"iou_threshold": 0.5}
     if classes is not None:
         options["idxs"] = torch.randint(classes, (count,), generator=draw, device=device)
     return Inputs(tensors, options, None)
