@@ -1,9 +1,10 @@
-"""Build what pyproject.toml cannot say: where ``kernels/`` is installed, and the native extension from ``csrc/``.
+"""Build what pyproject.toml cannot say: the native extension from ``csrc/``.
 
-A top-level distribution named ``kernels`` would shadow Hugging Face's package of that name, so that folder is mapped
-below ours and never installed as itself. The extension is optional: without a compiler the package installs without
-it and says so. FLORENCE_FAST_NO_NATIVE=1 skips it; FLORENCE_FAST_SANITIZE=1 builds it for AddressSanitizer and UBSan,
-FLORENCE_FAST_EMULATE_AMX=1 with a stand-in for AMX's tiles, so that their code can be tested where there are none.
+A top-level distribution named ``kernels`` would shadow Hugging Face's package of that name, so that folder is a package
+below ours, by the symbolic link ``florence_fast/kernels``, and never installed as itself. The extension is optional:
+without a compiler the package installs without it and says so. FLORENCE_FAST_NO_NATIVE=1 skips it;
+FLORENCE_FAST_SANITIZE=1 builds it for AddressSanitizer and UBSan, FLORENCE_FAST_EMULATE_AMX=1 with a stand-in for AMX's
+tiles, so that their code can be tested where there are none.
 """
 
 import os
@@ -20,7 +21,6 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-KERNELS = ["florence_fast.kernels", *(f"florence_fast.kernels.{name}" for name in find_packages("kernels"))]
 
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 LEVELS = {"scalar": []}
@@ -188,8 +188,7 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["florence_fast", "florence_fast.*"]), *KERNELS],
-    package_dir={"florence_fast": "florence_fast", "florence_fast.kernels": "kernels"},
+    packages=find_packages(include=["florence_fast", "florence_fast.*"]),
     package_data={"florence_fast.kernels": ["configs/*.json"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild, "build_py": FreshBuild},

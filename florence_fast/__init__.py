@@ -6,17 +6,10 @@ costs nothing and needs neither torch nor triton until something asks for them.
 
 import importlib
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from florence_fast.on_import import after_import
 from florence_fast.version import __version__
-
-# An installed package holds its kernels inside this folder, a plain checkout beside it: there the checkout's
-# root joins the search path, so that `florence_fast.kernels` is found without any installation.
-_HERE = Path(__file__).resolve().parent
-if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "__init__.py").is_file():
-    __path__.append(str(_HERE.parent))
 
 _SUBMODULES = ("data", "evaluate", "models", "ops", "tasks", "train")
 _HOMES = {

@@ -38,7 +38,9 @@ def checkout(tmp_path_factory) -> Path:
         text=True,
     ).stdout.split("\0")
     for name in filter(None, tracked):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_symlink():
+            (target / name).symlink_to((ROOT / name).readlink())
+        elif (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((ROOT / name).read_bytes())
     return target
@@ -104,7 +106,15 @@ def test_an_installed_wheel_finds_its_own_kernels(wheel, empty_environment, tmp_
 def test_a_bare_checkout_finds_the_kernels_beside_it(checkout, empty_environment, tmp_path):
     from_inside = run(empty_environment, "-c", FIND_KERNELS, cwd=checkout)
     from_outside = run(empty_environment, "-c", FIND_KERNELS, cwd=tmp_path, PYTHONPATH=str(checkout))
-    assert from_inside == from_outside == str(checkout / "kernels/__init__.py")
+    assert from_inside == from_outside == str(checkout / "florence_fast/kernels/__init__.py")
+    assert (checkout / "florence_fast/kernels").resolve() == checkout / "kernels"
+
+
+def test_nothing_beside_the_package_is_a_module_of_it(checkout, empty_environment, tmp_path):
+    """`import florence_fast.setup` would run setup()."""
+    for name in ("setup", "tests", "bench"):
+        code = f"import importlib.util as u; print(u.find_spec('florence_fast.{name}'))"
+        assert run(empty_environment, "-c", code, cwd=checkout) == "None"
 
 
 def test_an_editable_installation_finds_the_checkout(checkout, empty_environment, tmp_path):
@@ -112,7 +122,7 @@ def test_an_editable_installation_finds_the_checkout(checkout, empty_environment
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
     run(*pip, "--target", site, "--editable", checkout, cwd=tmp_path, FLORENCE_FAST_NO_NATIVE="1")
     code = f"import site; site.addsitedir({str(site)!r}); {FIND_KERNELS}"
-    assert run(empty_environment, "-c", code, cwd=tmp_path) == str(checkout / "kernels/__init__.py")
+    assert run(empty_environment, "-c", code, cwd=tmp_path) == str(checkout / "florence_fast/kernels/__init__.py")
 
 
 def test_without_a_compiler_it_installs_without_the_extension_and_says_why(checkout, tmp_path):
