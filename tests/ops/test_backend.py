@@ -272,6 +272,26 @@ def test_plain_calls_without_gradients_pass_the_dispatcher_by(dispatched: list[A
     assert not dispatched and not out.requires_grad
 
 
+@pytest.mark.skipif(native.extension() is None, reason=NOT_BUILT)
+def test_an_eager_call_of_window_attention_makes_at_most_40_calls() -> None:
+    """What Python does around the kernel is most of the time of a small call."""
+    args, kwargs = ops.OPS["window_attention"].example("cpu")
+    calls: list[str] = []
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            calls.append(frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name)
+
+    with torch.no_grad():
+        ops.window_attention(*args, **kwargs)
+        sys.setprofile(note)
+        try:
+            ops.window_attention(*args, **kwargs)
+        finally:
+            sys.setprofile(None)
+    assert "window_attention" in calls and len(calls) <= 40, calls
+
+
 def _with_a_gradient(x: torch.Tensor) -> None:
     ops.l2_normalize(x.requires_grad_()).sum().backward()
     assert x.grad is not None
