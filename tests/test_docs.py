@@ -5,6 +5,7 @@ import io
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,7 +112,8 @@ def test_the_commands_of_the_quickstart_run_one_after_another(tmp_path, monkeypa
     for code, _ in blocks(page, "python"):
         exec(compile(code, str(page), "exec"), names)
     for words in commands(page):
-        done = subprocess.run(words, capture_output=True, text=True)
+        assert words[0] == "florence-fast"
+        done = subprocess.run([sys.executable, "-m", "florence_fast", *words[1:]], capture_output=True, text=True)
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
     assert (tmp_path / "found" / "contact_sheet.html").is_file()
 
