@@ -3,9 +3,9 @@
 For each model of ``dropin_models``, before and after ``ff.accelerate`` and, unless ``--quick``, under torch.compile:
 which layers were swapped, how far the results are apart, and how long a pass of inference takes and, in fp32, a forward
 and backward, all taking turns in one process. Weights are random. Where the processor has no bf16 units, a bf16 row is
-of one image, and the model as it was runs once. Where `florence_fast.ops._product` takes oneDNN in fp32, the same is
-measured with PyTorch's products, MKL's, so that the gain of another library stands apart. The exit code is 1 if a
-result is further from the unaccelerated one than its bound.
+of one image, and the model as it was runs once. Where `florence_fast.ops._product` takes oneDNN or our own kernel in
+fp32, the same is measured with PyTorch's products, MKL's, so that the gain of the products stands apart. The exit code
+is 1 if a result is further from the unaccelerated one than its bound.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ def main(args: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     level = native.level() if native.levels() else "torch"
     found = facts(CPU) | {"level": level, "threads": torch.get_num_threads(), "sources": sources(WHAT_DECIDES)}
-    found |= {"processor": processor.name(), "onednn": _product.onednn_is_faster(torch.float32)}
+    found |= {"processor": processor.name(), "products": _product.library(torch.float32)}
     store, clock = Store(folder / f"dropin-{level}.json", found["sources"]), Clock(options.minutes)
     for name, case in CASES.items():
         if options.only and not any(text.lower() in name.lower() for text in options.only):
@@ -131,7 +132,7 @@ def _compare(
         error, bound = _distance(results[AFTER], exact) / max(usual, 1e-12), BFLOAT16_BOUND
     if dtype == "fp32":
         calls |= {TRAIN_BEFORE: _train(before, cast, case), TRAIN_AFTER: _train(after, cast, case)}
-        if _product.onednn_is_faster(torch.float32):
+        if _product.library(torch.float32) != "plain":
             calls[PLAIN] = _with_plain_products(calls[AFTER])
     if slow:  # the model as it was takes minutes a pass: the one for the error has to do
         calls.pop(BEFORE)
@@ -176,15 +177,11 @@ def _train(model: nn.Module, inputs: dict[str, Tensor], case: Case) -> Any:
 
 
 def _with_plain_products(call: Any) -> Any:
-    """Return the call with PyTorch's float32 products in place of oneDNN's."""
+    """Return the call with PyTorch's float32 products."""
 
     def plain() -> Tensor:
-        rule = _product.onednn_is_faster
-        _product.onednn_is_faster = lambda dtype: dtype != torch.float32
-        try:
+        with mock.patch.object(_product, "library", lambda dtype: "plain"):
             return call()
-        finally:
-            _product.onednn_is_faster = rule
 
     return plain
 
@@ -211,7 +208,7 @@ def sheet(rows: list[Row]) -> Sheet:
         figures = [milliseconds(times[BEFORE]), milliseconds(times[AFTER]), f"{times[BEFORE] / times[AFTER]:.2f}x"]
         count = str(sum(row["swapped"].values()))
         plain = _times(times, BEFORE, PLAIN)
-        if row["dtype"] == "fp32" and not row.get("onednn", True):
+        if row["dtype"] == "fp32" and not row.get("onednn", row.get("products") != "plain"):
             plain = SAME_PRODUCTS
         training = _times(times, TRAIN_BEFORE, TRAIN_AFTER)
         dtype = row["dtype"] + (", one image, before: once" if row.get("once") else "")

@@ -1,8 +1,8 @@
 """Which library computes each product of a Swin fastest: ``python -m bench.products`` from the checkout.
 
 The three products of every layer of a Swin, y = x w^T + b, dx = dy w and dw = dy^T x, by what PyTorch takes (MKL on
-x86) and by oneDNN, in turns. `florence_fast.ops._product` holds the rule that follows from it for each kind of
-processor. ``--out FILE`` keeps the figures.
+x86), by oneDNN and by our own kernel, in turns. `florence_fast.ops._product` holds the rule that follows from it for
+each kind of processor. ``--out FILE`` keeps the figures.
 """
 
 import argparse
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from bench.cpu_rows.base import CPU
 from bench.machine import facts
@@ -46,7 +45,7 @@ def main(args: list[str] | None = None) -> int:
     if options.out:
         write_json(options.out, {"machine": found, "rows": rows})
     print(sheet(rows).markdown())
-    print(f"\n{json.dumps(found)}\nthe rule here: {'oneDNN' if _product.onednn_is_faster(torch.float32) else 'plain'}")
+    print(f"\n{json.dumps(found)}\nthe rule here: {_product.library(torch.float32)}")
     return 0
 
 
@@ -66,13 +65,17 @@ def measure(rows: int, wide_in: int, wide_out: int, turns: int) -> dict[str, Any
     """Return seconds by product and library."""
     x, weight, bias = torch.randn(rows, wide_in), torch.randn(wide_out, wide_in), torch.randn(wide_out)
     grad = torch.randn(rows, wide_out)
+    y, dx, dw = torch.empty(rows, wide_out), torch.empty(rows, wide_in), torch.empty(wide_out, wide_in)
     calls: dict[str, Callable[[], Any]] = {
-        "y plain": lambda: F.linear(x, weight, bias),
+        "y plain": lambda: torch.addmm(bias, x, weight.T, out=y),
         "y oneDNN": lambda: _product._onednn(x, weight, bias),
-        "dx plain": lambda: grad @ weight,
+        "y native": lambda: _product._native(x, weight.T, bias, y),
+        "dx plain": lambda: torch.mm(grad, weight, out=dx),
         "dx oneDNN": lambda: _product._onednn(grad, weight.T, None),
-        "dw plain": lambda: grad.T @ x,
+        "dx native": lambda: _product._native(grad, weight, None, dx),
+        "dw plain": lambda: torch.mm(grad.T, x, out=dw),
         "dw oneDNN": lambda: _product.weight_by_onednn(grad, x),
+        "dw native": lambda: _product._native(grad.T, x, None, dw),
     }
     timings = time_calls({name: [call] for name, call in calls.items()}, CPU, 0.0, turns)
     return {name: timing.median for name, timing in timings.items()}
@@ -80,7 +83,7 @@ def measure(rows: int, wide_in: int, wide_out: int, turns: int) -> dict[str, Any
 
 def sheet(rows: list[dict[str, Any]]) -> Sheet:
     """Return the table; its last line has the sums."""
-    names = [f"{product} {library}" for product in PRODUCTS for library in ("plain", "oneDNN")]
+    names = [f"{product} {library}" for product in PRODUCTS for library in ("plain", "oneDNN", "native")]
     lines = [[_name(row["size"]), *(milliseconds(row[name]) for name in names)] for row in rows]
     lines.append(["all", *(milliseconds(sum(row[name] for row in rows)) for name in names)])
     return Sheet("products", ["rows, in -> out", *(f"{name}, ms" for name in names)], lines)

@@ -103,6 +103,10 @@ struct Kernels {
                            float* length);
   void (*l2_normalize_bwd)(int threads, DType dtype, int64_t rows, int64_t columns, const void* grad_out, const void* x,
                            const float* length, float eps, void* dx);
+  // c (M, N) = a (M, K) b (K, N) + bias (N,) or null, float32. a and b of any strides, rows of c in one piece.
+  void (*matmul)(int threads, int64_t M, int64_t N, int64_t K, const float* a, int64_t a_row_stride,
+                 int64_t a_column_stride, const float* b, int64_t b_row_stride, int64_t b_column_stride,
+                 const float* bias, float* c, int64_t c_row_stride);
 };
 
 // Every member of Kernels by name: a level defines a function of each, and Python sees it.
@@ -124,6 +128,7 @@ struct Kernels {
   EACH(patch_merging_norm_fwd) \
   EACH(patch_merging_norm_bwd) \
   EACH(l2_normalize_fwd) \
-  EACH(l2_normalize_bwd)
+  EACH(l2_normalize_bwd) \
+  EACH(matmul)
 
 }  // namespace ff

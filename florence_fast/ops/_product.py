@@ -1,8 +1,8 @@
-"""Matrix products, for tensors that need no graph: on a CPU by the faster of the libraries that PyTorch carries.
+"""Matrix products, for tensors that need no graph: on a CPU by the fastest of three libraries.
 
-PyTorch sends float32 products to MKL. oneDNN's product, which torch.compile takes on CPUs, is there in eager mode too.
-Which of the two is faster depends on the processor, so `onednn_is_faster` holds a fixed rule for each kind: the library
-is the same in every process of a machine, and so are the bits. ``python -m bench.products`` measures both.
+PyTorch sends float32 products to MKL. oneDNN's product, which torch.compile takes on CPUs, is there in eager mode too,
+and ``csrc/level/matmul.cpp`` is ours. Which is fastest depends on the processor, and `library` is a fixed rule: it is
+the same in every process of a machine, and so are the bits. ``python -m bench.products`` measures all three.
 
 Where the processor has no units for a 16-bit format, PyTorch multiplies it one number at a time, 100 times as slowly as
 float32. Such operands are widened to float32, some rows at a time, and the product is rounded once.
@@ -19,26 +19,33 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from florence_fast import processor
+from florence_fast import native, processor
 
+ONEDNN, NATIVE, PLAIN = "onednn", "native", "plain"
 DTYPES = (torch.float32, torch.bfloat16)
 """What oneDNN's product may be asked for."""
 
-ONEDNN_IN_FLOAT32 = {("AuthenticAMD", "AVX512")}
-"""Maker and PyTorch's vector instructions of the processors on which oneDNN's float32 products are faster than MKL's.
+FLOAT32_LIBRARIES = {("AuthenticAMD", "AVX512"): ONEDNN, ("AuthenticAMD", "AVX2"): NATIVE}
+"""Maker and PyTorch's vector instructions of a processor -> the library whose float32 products are faster than MKL's.
 
 MKL uses no AVX-512 on AMD's processors: two Zen 5 cores, shapes of Swin-T, oneDNN 2.0 to 2.4 times as fast.
-With AVX2 MKL is faster: two Zen 3 cores, one block of each shape of Swin-T, ms of MKL and oneDNN: y = x w^T + b 170
-and 182, dx 169 and 195, dw 164 and 240; at the shapes where oneDNN wins it does so by a tenth.
+With AVX2 MKL is faster than oneDNN: two Zen 3 cores, one block of each shape of Swin-T, ms of MKL and oneDNN:
+y = x w^T + b 170 and 182, dx 169 and 195, dw 164 and 240. Our kernel is faster than both there from `NATIVE_ROWS` rows
+on: y 1.20 times and dx 1.17 times as fast as MKL. dw, which sums over the rows, gains only where those are few.
 On Intel's processors MKL uses AVX-512 itself, and on arm64 PyTorch chooses: not measured yet, so the plain product.
 """
+NATIVE_ROWS = 192
+NATIVE_SUMMED_ROWS = 512
+NATIVE_FLOPS = 8_000_000
 
 
-def onednn_is_faster(dtype: torch.dtype) -> bool:
-    """Say whether products of ``dtype`` go to oneDNN on this processor."""
+def library(dtype: torch.dtype) -> str:
+    """Return which library takes products of ``dtype`` on this processor, if they are long enough for it."""
     if dtype != torch.float32:
-        return True  # bfloat16: the same library either way, 1.0 to 1.4 times as fast without the dispatcher's detours
-    return (processor.vendor(), torch.backends.cpu.get_cpu_capability()) in ONEDNN_IN_FLOAT32
+        return ONEDNN  # bfloat16: the same library either way, 1.0 to 1.4 times as fast without the dispatcher
+    kind = (processor.vendor(), torch.backends.cpu.get_cpu_capability())
+    found = FLOAT32_LIBRARIES.get(kind, PLAIN)
+    return PLAIN if found == NATIVE and not (native.levels() and native.level() == "avx2") else found
 
 
 _FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -77,6 +84,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = x.new_empty(*x.shape[:-1], len(weight))
         linear_into(out.view(-1, len(weight)), x.reshape(-1, x.shape[-1]), weight, bias)
         return out
+    if _suits_native(x.numel() // max(x.shape[-1], 1), x, weight) and (bias is None or bias.dtype == x.dtype):
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        _native(x.reshape(-1, x.shape[-1]), weight.T, bias, out.view(-1, len(weight)))
+        return out
     if _suits_onednn(x, weight) and (bias is None or bias.dtype == x.dtype):
         return _onednn(x.contiguous(), weight, bias)
     return F.linear(x, weight, bias)
@@ -88,6 +99,8 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
         weight, bias = widened(weight, bias)
         for rows in chunks(len(x), max(weight.shape)):
             out[rows] = linear(x[rows].float(), weight, bias)
+    elif _suits_native(len(x), x, weight):
+        _native(x, weight.T, bias, out)
     elif x.dtype == torch.float32 and _suits_onednn(x, weight):
         out.copy_(linear(x, weight, bias))  # a copy of what the caches hold costs less than MKL's product
     elif bias is None:
@@ -103,13 +116,19 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         for rows in chunks(len(a), max(b.shape)):
             out[rows] = matmul(a[rows].float(), b)
         return out
+    if _suits_native(len(a), a, b):
+        out = a.new_empty(len(a), b.shape[1])
+        _native(a, b, None, out)
+        return out
     # In bfloat16 a plain product is oneDNN's already, and reads either operand transposed at no cost.
     return _onednn(a, b.T, None) if a.dtype == torch.float32 and _suits_onednn(a, b) else a @ b
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Write ``a b`` to ``out``."""
-    if widens(a) or (a.dtype == torch.float32 and _suits_onednn(a, b)):
+    if _suits_native(len(a), a, b):
+        _native(a, b, None, out)
+    elif widens(a) or (a.dtype == torch.float32 and _suits_onednn(a, b)):
         out.copy_(matmul(a, b))
     else:
         torch.mm(a, b, out=out)
@@ -123,7 +142,33 @@ def matmul_over_rows(a: Tensor, b: Tensor) -> Tensor:
             term = matmul_over_rows(a[rows].float(), b[rows].float())
             total = term if total is None else total.add_(term)
         return total.to(a.dtype)
+    if len(a) <= NATIVE_SUMMED_ROWS and _suits_native(len(a), a, b):
+        out = a.new_empty(a.shape[1], b.shape[1])
+        _native(a.T, b, None, out)
+        return out
     return weight_by_onednn(a, b) if a.dtype == torch.float32 and _suits_onednn(a, b) else a.T @ b
+
+
+def _suits_native(rows: int, x: Tensor, y: Tensor) -> bool:
+    """Say whether our kernel takes the product of x, ``rows`` by something, and y: as long as both are float32."""
+    return (
+        rows >= NATIVE_ROWS
+        and x.dtype == y.dtype == torch.float32
+        and x.is_cpu
+        and 2 * x.numel() * y.numel() >= NATIVE_FLOPS * min(x.shape[-1], y.shape[-1])
+        and library(torch.float32) == NATIVE
+    )
+
+
+def _native(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Write ``a b + bias`` to ``out``: (M, K), (K, N), (N,) and (M, N); float32, ``out`` with rows in one piece."""
+    torch.ops.florence_fast.product(a, b, bias, out)
+
+
+def _call_native(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    bias = None if bias is None else bias.contiguous()
+    places = (a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), bias, out.data_ptr(), out.stride(0))
+    native.call("matmul", *a.shape[:1], b.shape[1], a.shape[1], *places)
 
 
 def weight_by_onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -144,7 +189,7 @@ def _suits_onednn(x: Tensor, y: Tensor) -> bool:
         and x.dtype == y.dtype
         and x.numel() > 0
         and y.numel() > 0
-        and onednn_is_faster(x.dtype)
+        and library(x.dtype) == ONEDNN
         and _has_onednn(x.dtype)
     )
 
@@ -161,6 +206,18 @@ def _has_onednn(dtype: torch.dtype) -> bool:
         except (AttributeError, NotImplementedError, RuntimeError):
             return False
         return torch.equal(product, torch.full_like(product, 3))
+
+
+# A schema of its own, so that profilers see it and FLOPs are counted.
+_LIBRARY = torch.library.Library("florence_fast", "FRAGMENT")
+_LIBRARY.define("product(Tensor a, Tensor b, Tensor? bias, Tensor(a!) out) -> ()")
+_LIBRARY.impl("product", _call_native, "CPU")
+_LIBRARY.impl("product", lambda a, b, bias, out: None, "Meta")
+
+
+@register_flop_formula(torch.ops.florence_fast.product)
+def _native_flops(a: tuple[int, ...], b: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    return 2 * math.prod(a) * b[1]
 
 
 def _flops(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: Any) -> int:

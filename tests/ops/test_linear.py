@@ -41,8 +41,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def library(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each library of float32 products in force, whichever is the faster one here."""
     with pytest.MonkeyPatch.context() as patch:
-        onednn = request.param == "onednn"
-        patch.setattr(_product, "onednn_is_faster", lambda dtype: onednn or dtype != torch.float32)
+        patch.setattr(_product, "library", lambda dtype: request.param if dtype == torch.float32 else "onednn")
         yield request.param
 
 

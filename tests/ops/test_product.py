@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from florence_fast import ops, processor
+from florence_fast import native, ops, processor
 from florence_fast.ops import _product
 
 RULES = {
@@ -16,7 +16,7 @@ RULES = {
     ("GenuineIntel", "AVX2"): "plain",
     ("", "DEFAULT"): "plain",
 }
-"""Maker and vector instructions -> the library of float32 products."""
+"""Maker and vector instructions -> the library of short float32 products; for long ones see test_matmul_native."""
 
 
 class Calls(TorchDispatchMode):
@@ -67,9 +67,12 @@ def test_the_plain_products_move_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_library_is_a_rule_and_no_measurement() -> None:
     """A choice by time could differ between a run and its resumption, and so would the bits."""
-    kinds = {(processor.vendor(), torch.backends.cpu.get_cpu_capability())}
-    assert _product.onednn_is_faster(torch.float32) == bool(kinds & _product.ONEDNN_IN_FLOAT32)
-    assert _product.onednn_is_faster(torch.bfloat16)
+    kind = (processor.vendor(), torch.backends.cpu.get_cpu_capability())
+    found = _product.FLOAT32_LIBRARIES.get(kind, "plain")
+    if not (native.levels() and native.level() == "avx2"):
+        found = found.replace("native", "plain")
+    assert [_product.library(torch.float32) for _ in range(2)] == [found, found]
+    assert _product.library(torch.bfloat16) == "onednn"
 
 
 def test_any_library_gives_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
