@@ -83,6 +83,14 @@ def seed() -> int:
     return 0
 
 
+@pytest.fixture(autouse=True)
+def registered_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back the model configurations that a test registers."""
+    from florence_fast.models import registry
+
+    monkeypatch.setattr(registry, "_CONFIGS", dict(registry._CONFIGS))
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Each device on which an op must agree with its definition."""

@@ -218,7 +218,7 @@ class _RingSigmoidLoss(torch.autograd.Function):
         loss = rows.new_zeros(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
         for source, block in circulate(cols.contiguous(), counts, group):
             tensors = (rows, block, scale, bias, row_labels, all_labels[places[source]])
-            loss = loss + torch.ops.florence_fast.sigmoid_loss(*tensors, chunk_size, backend)[0]
+            loss = loss + torch.ops.florence_fast.sigmoid_loss(*tensors, chunk_size, backend)
         ctx.save_for_backward(rows, cols, scale, bias, row_labels, all_labels)
         ctx.counts, ctx.values, ctx.group = counts, (chunk_size, backend), group
         return loss
