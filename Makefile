@@ -1,7 +1,7 @@
 # Every target sets itself up on a fresh machine: a virtual environment in .venv with versions from constraints.txt.
 # It installs what it needs and no more: `make demo` the package alone, `make test` the test tools as well. Tests and
 # `make budget` also compile kernels with a second Triton, that of torch 2.11, whose code is not the same.
-#   make demo        pretrain florence_nano on the shipped pictures, test it on an artist it has never seen
+#   make demo        pretrain florence_nano on the shipped images, test it on an artist it has never seen
 #   make demo-long   the same for up to an hour; either, interrupted, continues where it stopped
 #   make test        the quick tests          make test-all   the slow ones too
 #   make native      the C++ kernels, built again where csrc/ has changed
@@ -12,7 +12,7 @@
 #   make gpu         everything that waits for a GPU; installs nothing: PYTHON must have PyTorch and Triton
 #   make bench       what a processor can show: losses, towers, gradient cache, start; the report drawn
 #   make bench-cpu   what the native CPU backend gains on this processor, beside its goals; about 13 minutes
-#   make report      pictures and tables of what was measured, from bench/results
+#   make report      charts and tables of what was measured, from bench/results
 #   make docs        this documentation as a site in build/site; every warning is an error
 #   make release-check  source archive and wheel, built, installed without a compiler, the README's examples run
 #   make lint        ruff, and basedpyright   make clean      forget the environment and every cache
@@ -61,7 +61,7 @@ compat: .venv/ready native
 	$(BIN)/python -m bench.releases
 
 budget: .venv/ready .venv/triton-3.6.0/ready
-	$(BIN)/python -m bench.budget --full --check --require-both --json bench/results/budget.json --picture docs
+	$(BIN)/python -m bench.budget --full --check --require-both --json bench/results/budget.json --charts docs
 	$(BIN)/python -m bench.page
 	$(BIN)/python -m bench.queue
 

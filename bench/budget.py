@@ -1,6 +1,6 @@
 """The static budget: what the compiled kernels need of a multiprocessor, held against what memory gives it.
 
-    python -m bench.budget [--check] [--full] [--case SUBSTRING] [--json PATH] [--picture DIR]
+    python -m bench.budget [--check] [--full] [--case SUBSTRING] [--json PATH] [--charts DIR]
 
 Every case is compiled for sm_80 and sm_90 without a GPU, its loops are read from the machine code, and the clocks of
 each unit of a multiprocessor (``bench/sass.py``) for one window and head, tile of logits or row are set beside the
@@ -49,7 +49,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="every case and not only the quick ones")
     parser.add_argument("--case", default="", metavar="SUBSTRING", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything that was found")
-    parser.add_argument("--picture", type=Path, metavar="DIR", help="draw budget_a100.png, budget_h200.png and others")
+    parser.add_argument("--charts", type=Path, metavar="DIR", help="draw budget_a100.png, budget_h200.png and others")
     parser.add_argument("--triton-36", type=Path, default=TRITON_36, metavar="DIR", help="where Triton 3.6.0 lies")
     parser.add_argument("--require-both", action="store_true", help="fail if Triton 3.6.0 is not there")
     return parser.parse_args(args)
@@ -75,10 +75,10 @@ def main(args: Sequence[str] | None = None) -> int:
     show(report)
     if options.json is not None:
         write_text(options.json, json.dumps(report) + "\n")
-    if options.picture is not None:
-        from bench.budget_picture import draw
+    if options.charts is not None:
+        from bench.budget_chart import draw
 
-        for path in draw(report["rows"], options.picture):
+        for path in draw(report["rows"], options.charts):
             print(f"wrote {_short(path)}")
     for line in report["allowed"]:
         print(f"allowed {line}")

@@ -92,7 +92,7 @@ def xformers(inputs: Inputs, plan: Plan) -> Built:
         heads, tokens = bias.shape[:2]
         added = bias.to(q.dtype)[None] if mask is None else bias.to(q.dtype) + mask[:, None]
         added = F.pad(added, (0, -tokens % 8))[..., :tokens].flatten(0, 1)  # (M*h, N, N)
-        # Windows of a map are heads, so that the pictures of a batch share bias and mask: (B, N, M*h, d).
+        # Windows of a map are heads, so that the images of a batch share bias and mask: (B, N, M*h, d).
         q, k, v = (x.unflatten(0, (-1, masks)).flatten(1, 2).transpose(1, 2) for x in (q, k, v))
         out = attention(q, k, v, attn_bias=added.expand(len(q), -1, -1, -1))
         return out.transpose(1, 2).unflatten(1, (masks, heads)).flatten(0, 1)

@@ -54,7 +54,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rehearse", action="store_true", help="everything with tiny sizes, stored in a passing folder"
     )
-    parser.add_argument("--out", type=Path, help="folder of the results (bench/results); the picture then lies there")
+    parser.add_argument("--out", type=Path, help="folder of the results (bench/results); the chart then lies there")
     options = parser.parse_args(args)
     if options.turns < 2:
         parser.error(f"--turns must be at least 2, got {options.turns}")
@@ -123,7 +123,7 @@ def _report(path: Path, folder: Path, rehearsed: bool) -> None:
         return
     kept = folder.resolve() == native_table.RESULTS.resolve()
     if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib is not installed: no picture; on a machine that has it, run python -m bench.report")
+        print("matplotlib is not installed: no chart; on a machine that has it, run python -m bench.report")
     else:
         print(f"drawn: {native_table.draw(table, DOCS if kept else folder / 'docs')}")
     if kept and not rehearsed:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from bench.cpu_rows.base import CPU
 from bench.machine import facts
-from florence_fast.data.pictures import open_picture
+from florence_fast.data.images import open_image
 from florence_fast.data.resizing import fit
 from florence_fast.files import write_json
 from florence_fast.timing import time_calls
@@ -99,7 +99,7 @@ def measure(side: int, files: list[bytes]) -> dict[str, Any]:
 
 def ours(file: bytes) -> np.ndarray:
     """What the loader and the transforms of this package do."""
-    return fit(open_picture(file), (SIZE, SIZE), "shortest", "bicubic")
+    return fit(open_image(file), (SIZE, SIZE), "shortest", "bicubic")
 
 
 def pillow(file: bytes) -> np.ndarray:

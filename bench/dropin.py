@@ -62,7 +62,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="without torch.compile, which takes a minute a model")
     parser.add_argument("--only", action="append", metavar="TEXT", help="models whose name holds this")
     parser.add_argument("--rehearse", action="store_true", help="small inputs, stored in a passing folder")
-    parser.add_argument("--out", type=Path, help="folder of the results (bench/results); the picture then lies there")
+    parser.add_argument("--out", type=Path, help="folder of the results (bench/results); the chart then lies there")
     return parser.parse_args(args)
 
 
@@ -225,12 +225,12 @@ def page_text(folder: Path) -> str:
     parts = []
     for path in sorted(folder.glob("dropin-*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        picture = f"![How many times as fast each model is]({_picture(rows)})"
-        parts += [f"{_machine(rows[0])}; medians of turns, `{path.name}`.", sheet(rows).markdown(), picture]
+        chart = f"![How many times as fast each model is]({_chart(rows)})"
+        parts += [f"{_machine(rows[0])}; medians of turns, `{path.name}`.", sheet(rows).markdown(), chart]
     return "\n\n".join(parts) or "Not measured yet."
 
 
-def _picture(rows: list[Row]) -> str:
+def _chart(rows: list[Row]) -> str:
     return f"dropin_{rows[0]['level'] if rows else 'none'}.png"
 
 
@@ -246,7 +246,7 @@ def draw(rows: list[Row], folder: Path) -> Path:
     from matplotlib import pyplot as plt
 
     timed = [row for row in rows if row["status"] == "timed"]
-    path = folder / _picture(rows)
+    path = folder / _chart(rows)
     whole, axes = plt.subplots(figsize=(9, 1 + 0.28 * max(len(timed), 1)), dpi=100, layout="constrained")
     for place, row in enumerate(timed):
         times = row["times"]

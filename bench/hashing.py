@@ -57,12 +57,12 @@ def works(count: int) -> dict[str, dict[str, Call | str]]:
         }
     }
     for height, width in ((64, 64), (480, 640)):
-        picture = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
         for function in (dhash, phash):
             found[f"{function.__name__}, {width} x {height}"] = {
-                "ours": lambda function=function, picture=picture: function(picture, threads=1),
-                "NumPy": _without_extension(lambda function=function, picture=picture: function(picture)),
-                "ImageHash": _image_hash(function.__name__, picture),
+                "ours": lambda function=function, image=image: function(image, threads=1),
+                "NumPy": _without_extension(lambda function=function, image=image: function(image)),
+                "ImageHash": _image_hash(function.__name__, image),
             }
     texts = [f"a photo of number {number} taken on a rainy day in town" for number in range(20_000)]
     found["text labels, 20,000 captions"] = {
@@ -96,13 +96,13 @@ def _faiss(hashes: np.ndarray) -> Call | str:
     return search
 
 
-def _image_hash(name: str, picture: np.ndarray) -> Call | str:
+def _image_hash(name: str, pixels: np.ndarray) -> Call | str:
     if importlib.util.find_spec("imagehash") is None:
         return "ImageHash is not installed"
     import imagehash
     from PIL import Image
 
-    image = Image.fromarray(picture)
+    image = Image.fromarray(pixels)
     return lambda: getattr(imagehash, name)(image)
 
 

@@ -1,4 +1,4 @@
-"""The goals of the native CPU backend beside what ``bench.cpu_native`` measured: a table, a picture, the page's part.
+"""The goals of the native CPU backend beside what ``bench.cpu_native`` measured: a table, a chart, the page's part.
 
 A comparison counts with the fastest of those that a goal names, over ours; a goal is held to the worst of its
 comparisons.
@@ -106,7 +106,7 @@ class Table:
         return f"{where(first)}, level {first['level']}, {first['threads']} threads, torch {first['torch']}"
 
     @property
-    def picture(self) -> str:
+    def chart(self) -> str:
         return f"cpu_native_{self.rows[0]['level']}.png"
 
 
@@ -249,7 +249,7 @@ def page_text(tables: list[Table]) -> str:
     parts = []
     for table in tables:
         parts.append(f"{table.machine}; medians of turns, `{table.path.name}`.")
-        parts += [sheet(table).markdown(), f"![Each goal, and the part of it that is reached]({table.picture})"]
+        parts += [sheet(table).markdown(), f"![Each goal, and the part of it that is reached]({table.chart})"]
     return "\n\n".join(parts) or f"{NOT_MEASURED.capitalize()}."
 
 
@@ -289,10 +289,10 @@ def draw(table: Table, folder: Path) -> Path:
     axes.margins(x=0.1)
     whole.suptitle(table.machine, fontsize=10)
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / table.picture) as beside:
+    with replacing(folder / table.chart) as beside:
         whole.savefig(beside, format="png")
     plt.close(whole)
-    return folder / table.picture
+    return folder / table.chart
 
 
 def _label(verdict: Verdict) -> str:

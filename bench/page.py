@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import dropin, native_table, releases
 from bench.anchors import load_anchors
-from bench.budget_picture import floor, shown
+from bench.budget_chart import floor, shown
 from bench.report_rows import read_devices
 from bench.report_tables import cpu_text, page_text
 from florence_fast.files import write_text
@@ -43,11 +43,11 @@ def demo_table() -> str:
         "names",
         "steps",
         "minutes",
-        "pictures/s",
+        "images/s",
         "top-1",
         "top-5",
-        "picture to text R@1",
-        "text to picture R@1",
+        "image to text R@1",
+        "text to image R@1",
     ]
     rows = [
         [
@@ -66,7 +66,7 @@ def demo_table() -> str:
     machine = load("demo.json")
     return "\n".join(
         [
-            f"{machine['zero_shot']['images']:,} pictures by the unseen artist on white. Minutes and pictures a second",
+            f"{machine['zero_shot']['images']:,} images by the unseen artist on white. Minutes and images a second",
             f"are of training; `make demo` ran with {machine['threads']} threads ({machine['device']}) and torch "
             f"{machine['torch']}.",
             "",

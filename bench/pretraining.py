@@ -1,7 +1,7 @@
 """One step of contrastive pretraining at the paper's batch on one device, by the gradient cache (section 2.2).
 
 Forward and backward of both towers under bfloat16 autocast, with UniCL's loss over the whole batch; the optimiser is
-left out. Pictures lie on the device as bytes, which at 224 pixels are 3.7 GB, and are made numbers a micro-batch at a
+left out. Images lie on the device as bytes, which at 224 pixels are 3.7 GB, and are made numbers a micro-batch at a
 time.
 
 Letters: B pairs.
@@ -90,7 +90,7 @@ def _measured(shape: Shape, session: Session) -> dict[str, Any]:
 
 
 class _FromBytes(torch.nn.Module):
-    """A dual encoder that takes pictures as bytes."""
+    """A dual encoder that takes images as bytes."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Draw and write what was measured: ``python -m bench.report``; ``--check`` only compares.
 
-It reads every results JSON, draws pictures into ``docs``, writes ``bench/results/REPORT.md`` and the tables
+It reads every results JSON, draws charts into ``docs``, writes ``bench/results/REPORT.md`` and the tables
 of docs/benchmarks.md, and prints the tables.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from bench import native_table, page
 from bench.anchors import Anchors, load_anchors
 from bench.goals import judge_all
-from bench.report_pictures import draw
+from bench.report_charts import draw
 from bench.report_rows import Device, read_devices
 from bench.report_tables import facts_sheet, goals_sheet, op_sheet, report_text
 from florence_fast.files import write_text
@@ -25,7 +25,7 @@ def main(args: list[str] | None = None) -> int:
     """Write the report; the exit code is 1 if ``--check`` finds one that differs, 2 if a file is no result."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (bench/results)")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pictures (docs)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the charts (docs)")
     parser.add_argument(
         "--check", action="store_true", help="exit 1 if REPORT.md or docs/benchmarks.md differ from the results"
     )
@@ -40,7 +40,7 @@ def main(args: list[str] | None = None) -> int:
     if options.check:
         return check(options.results, devices, anchors, with_page=ours)
     if (devices or natives) and importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib is not installed: no pictures; on a machine that has it, run this again")
+        print("matplotlib is not installed: no charts; on a machine that has it, run this again")
     else:
         drawn = [path for device in devices for path in draw(device, anchors, options.docs)]
         for path in drawn + [native_table.draw(table, options.docs) for table in natives]:

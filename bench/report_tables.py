@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.anchors import Anchors, Published
 from bench.goals import NOT_MEASURED, Verdict, judge_all, outcome, wanted
-from bench.report_pictures import picture_names
+from bench.report_charts import chart_names
 from bench.report_rows import Device, digits, fastest, groups, is_ours, roofline
 from bench.store import Row
 
@@ -210,7 +210,7 @@ def report_text(devices: list[Device], anchors: Anchors) -> str:
             parts += ["### Stages", stages_sheet(device).markdown()]
         for op in dict.fromkeys(row["op"] for row in device.rows):
             parts += [f"### {op}", op_sheet(device, op).markdown()]
-        parts += [f"![{title}](../../docs/{name})" for name, title in picture_names(device, anchors).items()]
+        parts += [f"![{title}](../../docs/{name})" for name, title in chart_names(device, anchors).items()]
         if any(row["status"] != "timed" for row in device.rows):
             parts += ["### Rows without a time", "\n".join(reasons(device))]
     setups = [f"- {source.title}: {source.setup}." for source in anchors.sources.values()]
@@ -227,7 +227,7 @@ INTRODUCTION = (
 )
 PUBLISHED = (
     "Measured by others, on their machines and by their rules: no figure of ours, and only for a look beside ours. "
-    "The pictures show them hatched or hollow."
+    "The charts show them hatched or hollow."
 )
 
 
@@ -243,7 +243,7 @@ def page_text(devices: list[Device], anchors: Anchors) -> str:
         facts = [f"{word}{_values(device.rows, name)}" for name, word in words.items() if _values(device.rows, name)]
         parts.append(f"{', '.join([device.name, *facts])}; {PAGE_DTYPE}, milliseconds.")
         parts.append(sheet.markdown() if sheet.rows else f"Rows in {PAGE_DTYPE}: {NOT_MEASURED}.")
-        parts += [f"![{title}]({name})" for name, title in picture_names(device, anchors).items()]
+        parts += [f"![{title}]({name})" for name, title in chart_names(device, anchors).items()]
     parts.append(goals_sheet(judge_all(gpus, anchors)).markdown())
     return "\n\n".join(parts)
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import florence_fast as ff
-from florence_fast.evaluate import index_pictures, search
+from florence_fast.evaluate import index_images, search
 from florence_fast.evaluate.contact_sheet import contact_sheets
 
 
@@ -26,7 +26,7 @@ def main() -> None:
 
     model = ff.create_model(args.model, pretrained=args.pretrained)
     tokenizer = ff.get_tokenizer(args.model)
-    index = index_pictures(model, args.folder, file=args.index)
+    index = index_images(model, args.folder, file=args.index)
 
     found = [(query, search(model, tokenizer, index, query, top=8)) for query in args.queries]
     for query, hits in found:

@@ -96,7 +96,7 @@ class _Plan:
     device: torch.device
 
     def draw(self, batch: int, image_size: tuple[int, int] | None = None) -> Arrays:
-        """Random inputs: standard normal pictures, (H, W) if not of the plan's size, and texts of every length."""
+        """Random inputs: standard normal images, (H, W) if not of the plan's size, and texts of every length."""
         drawn = []
         for name, size in self.sizes.items():
             if name == "image":
@@ -125,7 +125,7 @@ def export(
         format: ``"onnx"``, ``"torch-export"`` or ``"aoti"`` (compiled C++ for this machine's kind of processor).
         part: of a dual encoder: ``"image"`` (image -> normalised features), ``"text"`` (text -> normalised features)
             or ``"both"`` (image, text -> both and the factor of the cosines), the default. A tower has ``"image"``.
-        image_size: side of the pictures, the model's by default.
+        image_size: side of the images, the model's by default.
         dynamic: take batches of every size.
         dynamic_size: take images of other sizes too, square or not; such a graph is larger and takes longer to write.
             ``"aoti"`` needs minutes even for two blocks.
@@ -172,7 +172,7 @@ def _check(model: nn.Module, path: Path, format: str, part: str | None, dynamic:
     if isinstance(model, ImageTower) and part not in (None, "image"):
         raise ValueError(f"an image tower has no part {part!r}")
     if dynamic_size and (not dynamic or part == "text"):
-        raise ValueError(f"dynamic_size needs dynamic and pictures, got dynamic={dynamic} and part {part!r}")
+        raise ValueError(f"dynamic_size needs dynamic and images, got dynamic={dynamic} and part {part!r}")
     if path.suffix != FORMATS[format]:
         raise ValueError(f"a file of format {format!r} ends in {FORMATS[format]}, got {path.name!r}")
     part = part or ("both" if isinstance(model, Florence) else "image")
@@ -287,7 +287,7 @@ def _load(path: Path, format: str) -> Callable[..., Any]:
 def _compare(
     path: Path, format: str, plan: _Plan, batches: tuple[int, ...], dynamic_size: bool
 ) -> tuple[dict[str, float], str]:
-    """Run the file beside the model, with the kernels that the model uses, on pictures and texts of its own.
+    """Run the file beside the model, with the kernels that the model uses, on images and texts of its own.
 
     Raises:
         ParityError: an output is too far away, or not a number.

@@ -1,6 +1,6 @@
 """Run a model once so that every kernel it needs is compiled, and lies in Triton's cache on disk for the next process.
 
-Letters: B pairs of a batch · L context length · S side of the pictures
+Letters: B pairs of a batch · L context length · S side of the images
 """
 
 import time
@@ -73,8 +73,8 @@ def warm_up(
         model: name of a dual encoder or of an image tower.
         device: where it runs; kernels are compiled on a CUDA device alone.
         precision: a word of ``florence_fast.precision``.
-        img_size: side of the pictures, S; None takes the model's.
-        batch_size: B, pictures, and as many texts for a dual encoder.
+        img_size: side of the images, S; None takes the model's.
+        batch_size: B, images, and as many texts for a dual encoder.
         train: also the backward; of a dual encoder through the contrastive loss, of a tower through a sum.
         pretrained: weights; drawn ones compile the same kernels.
 
@@ -114,7 +114,7 @@ def _seconds(net: nn.Module, batch_size: int, precision: str, train: bool) -> fl
 
 
 def _inputs(net: nn.Module, batch_size: int) -> tuple[Tensor, ...]:
-    """Draw pictures (B, 3, S, S) and, for a dual encoder, (B, L) ids of which the last is the end of the text."""
+    """Draw images (B, 3, S, S) and, for a dual encoder, (B, L) ids of which the last is the end of the text."""
     parameter = next(net.parameters())
     config = cast(ModelConfig, net.config)
     side = (config.image if isinstance(config, FlorenceConfig) else config).img_size

@@ -74,7 +74,7 @@ def fused() -> str:
     return "".join(parts)
 
 
-def picture() -> str:
+def figure() -> str:
     """Return the whole drawing, on a white ground so that it is legible on a dark page."""
     frame = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">'
@@ -83,4 +83,4 @@ def picture() -> str:
 
 if __name__ == "__main__":
     TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_text(picture(), encoding="utf-8")
+    TARGET.write_text(figure(), encoding="utf-8")

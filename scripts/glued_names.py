@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 
-SYMBOLS = [*range(0x2000, 0x2C00), *range(0x1F000, 0x1FB00)]  # blocks of signs and pictures
+SYMBOLS = [*range(0x2000, 0x2C00), *range(0x1F000, 0x1FB00)]  # blocks of signs and pictographs
 SHORT_WORDS = frozenset(
     ["ab", "cl", "do", "id", "in", "it", "m", "no", "of", "oh", "ok", "on", "p", "ng", "sa", "to", "up", "vs", "x"]
 )  # others are no words

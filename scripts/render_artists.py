@@ -1,4 +1,4 @@
-"""Draw the demo's pictures: emoji by seven artists, with their names and Unicode's keywords.
+"""Draw the demo's images: emoji by seven artists, with their names and Unicode's keywords.
 
 Each npm package below holds SVG bodies by name. Every body is rendered at 64 x 64 on white and stored as
 WebP in one WebDataset tar an artist: ``<name>.webp`` beside ``<name>.json`` with ``text`` (the name
@@ -53,8 +53,8 @@ def read_json(archive: tarfile.TarFile, suffix: str) -> dict:
     return json.load(archive.extractfile(member))
 
 
-def is_base_picture(artist: str, name: str) -> bool:
-    """Leave out the skin-tone copies of a picture."""
+def is_base_image(artist: str, name: str) -> bool:
+    """Leave out the skin-tone copies of an image."""
     return "skin-tone" not in name and not (artist.startswith("fluent") and name.endswith(FLUENT_SKIN_TONES))
 
 
@@ -86,9 +86,9 @@ def render(icons: dict, name: str) -> bytes:
     scale = IMAGE_SIZE / max(width, height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size[0], height=size[1])
-    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     canvas = Image.new("RGBA", (IMAGE_SIZE, IMAGE_SIZE), "white")
-    canvas.alpha_composite(picture, ((IMAGE_SIZE - picture.width) // 2, (IMAGE_SIZE - picture.height) // 2))
+    canvas.alpha_composite(image, ((IMAGE_SIZE - image.width) // 2, (IMAGE_SIZE - image.height) // 2))
     out = io.BytesIO()
     canvas.convert("RGB").save(out, "WEBP", quality=75, method=6)
     return out.getvalue()
@@ -119,7 +119,7 @@ def main() -> None:
         code_points = [read_json(archives[a], "package/chars.json") for a in CODE_POINT_SETS]
         annotations = annotations_by_name(npm_pack(ANNOTATIONS, Path(folder)), code_points)
         icons_of = {artist: read_json(archive, "package/icons.json") for artist, archive in archives.items()}
-        names_of = {a: sorted(n for n in icons["icons"] if is_base_picture(a, n)) for a, icons in icons_of.items()}
+        names_of = {a: sorted(n for n in icons["icons"] if is_base_image(a, n)) for a, icons in icons_of.items()}
         in_words = [name for artist, names in names_of.items() if artist != GLUED_ARTIST for name in names]
         annotations_words = [words for short, keywords in annotations.values() for words in (short, *keywords)]
         speller = Speller(in_words, annotations_words)
@@ -134,7 +134,7 @@ def main() -> None:
                 samples += [(f"{name}.json", json.dumps(text).encode()), (f"{name}.webp", render(icons, name))]
             write_shard(out / f"{artist}.tar.gz", samples)
             size = (out / f"{artist}.tar.gz").stat().st_size
-            print(f"{artist}: {len(names)} pictures, {annotated} with keywords, {size:,} bytes")
+            print(f"{artist}: {len(names)} images, {annotated} with keywords, {size:,} bytes")
 
 
 if __name__ == "__main__":

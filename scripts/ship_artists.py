@@ -5,7 +5,7 @@
     python scripts/ship_artists.py runs/demo-further
 
 Writes florence_fast/models/weights/florence_nano-artists.safetensors (bf16) and .md, bench/results/demo_long.json or
-demo_further.json, and docs/demo.png, the README's picture. The card's figures are measured here, on the bf16 weights as
+demo_further.json, and docs/demo.png, the README's image. The card's figures are measured here, on the bf16 weights as
 they are shipped.
 """
 
@@ -30,7 +30,7 @@ LARGEST = 15_000_000  # bytes: what a package may ask of those who do not need t
 
 CARD = """# florence_nano-artists
 
-`create_model("florence_nano", pretrained="artists")`: a dual encoder of {parameters:,} parameters for pictures of
+`create_model("florence_nano", pretrained="artists")`: a dual encoder of {parameters:,} parameters for images of
 64 x 64 pixels and texts of up to 16 tokens, stored in bf16 ({megabytes:.1f} MB).
 
 **Trained on** 8,666 emoji by six artists (Emoji One, Fluent Emoji, Fluent Emoji flat, Firefox OS Emoji, Noto, Noto v1)
@@ -38,17 +38,17 @@ with their names and Unicode's keywords:
 
 {runs}
 
-Two thirds of the pictures of {which} were put on random grounds: colours, gradients, smooth noise, heaps of shapes.
+Two thirds of the images of {which} were put on random grounds: colours, gradients, smooth noise, heaps of shapes.
 
 **Measured on** a seventh artist that it has never seen (Twemoji), with the weights as they are stored:
 
 | | first | among 5 | among 10 |
 |---|---|---|---|
-| name of the picture, {images:,} pictures against {classes:,} names | {top1:.1%} | {top5:.1%} | {top10:.1%} |
-| picture to text, {pool_images:,} pictures, {pool_texts:,} texts | {i[r1]:.1%} | {i[r5]:.1%} | {i[r10]:.1%} |
-| text to picture | {t[r1]:.1%} | {t[r5]:.1%} | {t[r10]:.1%} |
+| name of the image, {images:,} images against {classes:,} names | {top1:.1%} | {top5:.1%} | {top10:.1%} |
+| image to text, {pool_images:,} images, {pool_texts:,} texts | {i[r1]:.1%} | {i[r5]:.1%} | {i[r10]:.1%} |
+| text to image | {t[r1]:.1%} | {t[r5]:.1%} | {t[r10]:.1%} |
 
-On **grounds that training does not draw**, the right one of 40 names comes first for so many of 40 pictures:
+On **grounds that training does not draw**, the right one of 40 names comes first for so many of 40 images:
 
 | {ground_names} | mean without white |
 |{ground_line}---:|
@@ -57,7 +57,7 @@ On **grounds that training does not draw**, the right one of 40 names comes firs
 **Good for** trying the library, searching in icons and simple drawings, tests. **Not for** photographs: it has never
 learnt one. It knows the vocabulary of emoji in English and nothing else, with the view of the world that emoji have.
 
-**Licence** Apache-2.0 for the weights; the pictures they were learnt from keep their own licences and authors, listed
+**Licence** Apache-2.0 for the weights; the images they were learnt from keep their own licences and authors, listed
 in NOTICE.
 """
 
@@ -65,7 +65,7 @@ in NOTICE.
 def describe_run(run: dict) -> str:
     """One line of the card for a run: its command, its length, its machine."""
     return (
-        f"- `{run['command']}` at commit `{run['commit']}`: {run['steps']:,} steps, {run['images_seen']:,} pictures, "
+        f"- `{run['command']}` at commit `{run['commit']}`: {run['steps']:,} steps, {run['images_seen']:,} images, "
         f"{run['seconds'] / 60:.0f} minutes on {run['device']} with {run['threads']} threads; loss {run['loss']}"
     )
 

@@ -35,9 +35,9 @@ TINY = ["--pretrained", "none", "--device", "cpu"]
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """A folder of four pictures, two of them in a folder of their own, and one file that only says it is a picture."""
-    folder = tmp_path / "pictures"
+def images(tmp_path) -> Path:
+    """A folder of four images, two of them in a folder of their own, and one file that only says it is an image."""
+    folder = tmp_path / "images"
     (folder / "fruit").mkdir(parents=True)
     for name, colour in {"red": "red", "blue": "blue", "fruit/apple": "green", "fruit/lemon": "yellow"}.items():
         Image.new("RGB", (20, 12), colour).save(folder / f"{name}.png")
@@ -46,10 +46,10 @@ def pictures(tmp_path) -> Path:
 
 
 @pytest.fixture
-def pairs(pictures) -> Path:
+def pairs(images) -> Path:
     """A TSV file with open_clip's column names."""
-    rows = ["filepath\ttitle"] + [f"{pictures / name}.png\ta {name} thing" for name in ("red", "blue", "fruit/apple")]
-    file = pictures.parent / "pairs.tsv"
+    rows = ["filepath\ttitle"] + [f"{images / name}.png\ta {name} thing" for name in ("red", "blue", "fruit/apple")]
+    file = images.parent / "pairs.tsv"
     file.write_text("\n".join(rows) + "\n")
     return file
 
@@ -98,21 +98,21 @@ def test_the_module_runs_as_the_command_does():
         (["predict", "--texts", "a cat"], "Missing option '--image'"),
         (["evaluate"], "Missing command"),
     ],
-    ids=["command", "option", "missing", "value", "picture", "subcommand"],
+    ids=["command", "option", "missing", "value", "image", "subcommand"],
 )
 def test_wrong_usage_is_one_line_that_names_the_nearest(args, said, capsys):
     assert said in refused(capsys, *args)
 
 
-def test_refusals_of_the_commands_are_wrong_usage_too(capsys, pictures, pairs, tmp_path):
-    picture = pictures / "red.png"
-    predict = ["predict", "--image", picture, "--texts", "a"]
+def test_refusals_of_the_commands_are_wrong_usage_too(capsys, images, pairs, tmp_path):
+    image = images / "red.png"
+    predict = ["predict", "--image", image, "--texts", "a"]
     assert "did you mean 'florence_nano'" in refused(capsys, *predict, "--model", "florence_nanoo", *TINY)
     assert "nowhere.png" in refused(capsys, "predict", "--image", tmp_path / "nowhere.png", "--texts", "a", *TINY)
     assert "'abacus'" in refused(capsys, *predict, "--pretrained", "none", "--device", "abacus")
     assert "did you mean 'amp_bf16'" in refused(capsys, *predict, *TINY, "--precision", "amp_bf61")
     assert "no such folder" in refused(capsys, "search", "--images", tmp_path / "no", "--query", "a", *TINY)
-    assert "no pictures" in refused(capsys, "search", "--images", empty(tmp_path), "--query", "a", *TINY)
+    assert "no images" in refused(capsys, "search", "--images", empty(tmp_path), "--query", "a", *TINY)
     train = ["train", "--device", "cpu", "--logs", tmp_path / "logs", "--train-data"]
     assert "nowhere.csv" in refused(capsys, *train, tmp_path / "nowhere.csv")
     assert "one length" in refused(capsys, *train, pairs, "--steps", 1, "--epochs", 1)
@@ -160,10 +160,10 @@ def test_demo_refuses_flags_that_make_no_sense(capsys, tmp_path, flags, said):
     assert said in refused(capsys, "demo", "--out", tmp_path, *flags)
 
 
-def test_predict_ranks_its_texts(capsys, pictures, tmp_path):
+def test_predict_ranks_its_texts(capsys, images, tmp_path):
     out = tmp_path / "answer.json"
     texts = ["a cat", "a dog", "a house"]
-    assert main(["predict", "--image", str(pictures / "red.png"), *TINY, "--out", str(out), "--texts", *texts]) == 0
+    assert main(["predict", "--image", str(images / "red.png"), *TINY, "--out", str(out), "--texts", *texts]) == 0
     shown = capsys.readouterr().out
     answers = json.loads(out.read_text())["answers"]
     assert sorted(answer["text"] for answer in answers) == texts and all(text in shown for text in texts)
@@ -171,10 +171,10 @@ def test_predict_ranks_its_texts(capsys, pictures, tmp_path):
     assert sum(answer["probability"] for answer in answers) == pytest.approx(1)
 
 
-def test_search_writes_a_list_and_a_page_that_needs_nothing_else(capsys, caplog, pictures, tmp_path):
+def test_search_writes_a_list_and_a_page_that_needs_nothing_else(capsys, caplog, images, tmp_path):
     out = tmp_path / "found"
     query = '[bold] <b>"fruit"</b>'
-    assert main(["search", "--images", str(pictures), "--query", query, "--out", str(out), "--top", "3", *TINY]) == 0
+    assert main(["search", "--images", str(images), "--query", query, "--out", str(out), "--top", "3", *TINY]) == 0
     hits = json.loads((out / "results.json").read_text())["hits"]
     assert len(hits) == 3 and [hit["score"] for hit in hits] == sorted((h["score"] for h in hits), reverse=True)
     assert {Path(hit["path"]).name for hit in hits} <= {"red.png", "blue.png", "apple.png", "lemon.png"}
@@ -360,17 +360,17 @@ def test_evaluate_reads_the_columns_that_its_flags_name(pairs, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_names_that_the_terminal_cannot_show_are_escaped(pictures, tmp_path, monkeypatch, encoding):
+def test_names_that_the_terminal_cannot_show_are_escaped(images, tmp_path, monkeypatch, encoding):
     name = "größe\x1b[2J" + os.fsdecode(b"\xe9")
-    (pictures / "red.png").rename(pictures / f"{name}.png")
+    (images / "red.png").rename(images / f"{name}.png")
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding, errors="strict"))
     out = tmp_path / name
-    assert main(["search", "--images", str(pictures), "--query", f"red {name}", "--out", str(out), *TINY]) == 0
+    assert main(["search", "--images", str(images), "--query", f"red {name}", "--out", str(out), *TINY]) == 0
     sys.stdout.flush()
     assert b"\x1b" not in shown.getvalue() and rb"\x1b[2J\xe9" in shown.getvalue()
     hits = json.loads((out / "results.json").read_text(encoding="utf-8"))["hits"]
-    assert str(pictures / f"{name}.png") in [hit["path"] for hit in hits]
+    assert str(images / f"{name}.png") in [hit["path"] for hit in hits]
 
 
 def test_info_lists_versions_variables_and_reasons(capsys, monkeypatch):

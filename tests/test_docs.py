@@ -132,4 +132,4 @@ def test_every_page_is_in_the_navigation():
 def test_the_drawing_of_window_attention_is_what_its_script_draws():
     names = {"__name__": "drawing", "__file__": str(ROOT / "scripts" / "draw_window_attention.py")}
     exec(compile(Path(names["__file__"]).read_text(encoding="utf-8"), names["__file__"], "exec"), names)
-    assert names["TARGET"].read_text(encoding="utf-8") == names["picture"]()
+    assert names["TARGET"].read_text(encoding="utf-8") == names["figure"]()

@@ -204,8 +204,8 @@ def test_one_stage_compiled_for_every_image_size(tmp_path):
         ({"format": "onxx"}, "did you mean 'onnx'"),
         ({"part": "imag"}, "did you mean 'image'"),
         ({"format": "aoti"}, r"format 'aoti' ends in \.pt2, got 'x\.onnx'"),
-        ({"dynamic_size": True, "dynamic": False}, "needs dynamic and pictures, got dynamic=False"),
-        ({"dynamic_size": True, "part": "text"}, "needs dynamic and pictures, got dynamic=True and part 'text'"),
+        ({"dynamic_size": True, "dynamic": False}, "needs dynamic and images, got dynamic=False"),
+        ({"dynamic_size": True, "part": "text"}, "needs dynamic and images, got dynamic=True and part 'text'"),
     ],
     ids=["format", "part", "suffix", "dynamic-size-static", "dynamic-size-of-text"],
 )

@@ -37,7 +37,7 @@ def test_spelling(speller, glued, words):
     assert speller.spell(glued) == words
 
 
-def test_no_name_of_the_shipped_pictures_is_another_one_without_its_blanks():
+def test_no_name_of_the_shipped_images_is_another_one_without_its_blanks():
     names = artists_names()
     whole = set(names)
     glued = [name for name in names if " " in name and name.replace(" ", "") in whole]

@@ -62,8 +62,8 @@ def test_a_forward_pass_is_divided_into_ranges_and_ops(tmp_path, capsys):
     events = [event for event in trace["traceEvents"] if event.get("name", "").startswith("ff.")]
     assert {event["name"] for event in events} == set(rows)
     assert len([event for event in events if event["name"] == "ff.step"]) == 2
-    with Image.open(tmp_path / "ranges.png") as picture:
-        assert picture.width > 400 and picture.convert("L").getextrema()[0] < 128
+    with Image.open(tmp_path / "ranges.png") as image:
+        assert image.width > 400 and image.convert("L").getextrema()[0] < 128
     shown = capsys.readouterr().out
     assert "ff.op.window_attention" in shown and product in shown and "images/s" in shown
 

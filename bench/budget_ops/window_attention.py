@@ -153,7 +153,7 @@ def _small() -> Iterator[WindowCase]:
 
 
 def _tall() -> Iterator[WindowCase]:
-    """12x12, d=32: pictures of 384 pixels. The quick one is shifted, and so holds the loop of the other."""
+    """12x12, d=32: images of 384 pixels. The quick one is shifted, and so holds the loop of the other."""
     for dtype, shifted, way in itertools.product(("bf16", "fp16"), (False, True), WAYS):
         tier = "quick" if (dtype, shifted, way) == ("bf16", True, "forward") else "full"
         case = _case(12, 32, dtype, way, shifted=shifted, tier=tier, limits=_TALL[way])

@@ -138,7 +138,7 @@ _SIZES = {
     (24, 24): (96, 96),
     (16, 7, 7): (16, 56, 56),
 }
-"""Windows, and a map of them at the first stage: Video Swin's pictures of 224 pixels, Swin V2's of 256 and 384."""
+"""Windows, and a map of them at the first stage: Video Swin's images of 224 pixels, Swin V2's of 256 and 384."""
 _TILE = 64 * 64
 
 

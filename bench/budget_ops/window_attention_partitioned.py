@@ -96,7 +96,7 @@ class PartitionedCase(Case):
 
 
 def _cases() -> Iterator[PartitionedCase]:
-    """First stages of pictures of 224 and 384 pixels."""
+    """First stages of images of 224 and 384 pixels."""
     for (tokens, heads, maps), way in itertools.product(((49, 3, 128), (144, 4, 32)), ("forward", "backward")):
         # The backward loads statistics by 4 bytes, which Triton 3.6 does for each thread that needs them, and what is
         # added to a tile of many by 8.

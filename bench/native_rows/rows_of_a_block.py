@@ -15,7 +15,7 @@ from florence_fast.ops.mlp import cpp as mlp_cpp
 OPS = ("layer_norm_residual", "bias_gelu")
 WIDTHS = {"Swin-T": 96, "Swin-B": 128}
 ROWS = (25088, 6272, 1568, 392)
-"""Tokens of 8 pictures of 224 pixels at each stage; the channels double from one to the next."""
+"""Tokens of 8 images of 224 pixels at each stage; the channels double from one to the next."""
 
 
 def measure(run: Run) -> None:

@@ -45,7 +45,7 @@ class Shape:
     channels: int = 256
 
 
-# Levels 3 to 7 of pictures of 800 x 1216; what the widest level needs decides how fast a head is.
+# Levels 3 to 7 of images of 800 x 1216; what the widest level needs decides how fast a head is.
 SHAPES = {
     "dynamic_head_level3": Shape(8, 100, 152),
     "dynamic_head_level4": Shape(8, 50, 76),

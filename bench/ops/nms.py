@@ -1,4 +1,4 @@
-"""Non-maximum suppression of the boxes of one picture, beside a loop over them and torchvision's.
+"""Non-maximum suppression of the boxes of one image, beside a loop over them and torchvision's.
 
 It has no gradient and one mode. Boxes are float32, as heads give them; overlaps in fewer bits would be others.
 
@@ -24,7 +24,7 @@ MODES = ("forward",)
 
 @dataclass(frozen=True)
 class Shape:
-    """The boxes of one picture, of one class or of several."""
+    """The boxes of one image, of one class or of several."""
 
     boxes: int
     classes: int | None = None

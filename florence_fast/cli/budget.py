@@ -20,7 +20,7 @@ def command(context: typer.Context) -> None:
     """Compile the kernels for A100 and H100 and hold them to limits.
 
     It needs a checkout of the repository. Options: --check exits 1 if a rule is broken; --full takes every case;
-    --case SUBSTRING takes some; --json PATH and --picture DIR write; --triton-36 DIR says where a second Triton lies
+    --case SUBSTRING takes some; --json PATH and --charts DIR write; --triton-36 DIR says where a second Triton lies
     and --require-both insists on it.
     """
     if not (CHECKOUT / "bench" / "budget.py").is_file():

@@ -29,7 +29,7 @@ def command(
         int | None, typer.Option("--window-size", min=1, help="Another window: bias tables are interpolated.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option("--image-size", min=4, help="Side of the pictures that the model is for.")
+        int | None, typer.Option("--image-size", min=4, help="Side of the images that the model is for.")
     ] = None,
     context_length: Annotated[
         int | None, typer.Option("--context-length", min=1, help="Another length of text: positions are fitted.")

@@ -46,10 +46,10 @@ def command(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Train on pictures by six artists, then read a seventh.
+    """Train on images by six artists, then read a seventh.
 
-    What the shipped weights read is shown first. florence_nano then learns the names of 8,666 pictures and is asked
-    about those of an artist that it has never seen. The folder gets results.json, curves, a report with pictures, and
+    What the shipped weights read is shown first. florence_nano then learns the names of 8,666 images and is asked
+    about those of an artist that it has never seen. The folder gets results.json, curves, a report with images, and
     the weights.
     """
     from florence_fast.models.pretrained import find_pretrained

@@ -34,8 +34,8 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Pictures with texts: CSV, TSV, JSONL or Parquet file, folder, or WebDataset tars ('{000..010}', '*'); "
-        "'artists' for the shipped pictures of the artist that the demo never trains on.",
+        help="Images with texts: CSV, TSV, JSONL or Parquet file, folder, or WebDataset tars ('{000..010}', '*'); "
+        "'artists' for the shipped images of the artist that the demo never trains on.",
     ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Also write the figures here, as JSON.")]
@@ -103,7 +103,7 @@ def retrieval(
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """Recall at 1, 5 and 10 from pictures to texts and from texts to pictures."""
+    """Recall at 1, 5 and 10 from images to texts and from texts to images."""
     from florence_fast.data.prompts import fill
     from florence_fast.evaluate import retrieval as measure
     from florence_fast.evaluate.features import device_of
@@ -155,7 +155,7 @@ def _open(data: str, img_key: str, caption_key: str, separator: str | None) -> "
 
 
 def _class_names(file: Path | None, data: str, texts: list[str]) -> list[str]:
-    """Names from a file, the demo's whole vocabulary for its own pictures, or the distinct texts of the data."""
+    """Names from a file, the demo's whole vocabulary for its own images, or the distinct texts of the data."""
     if file is not None:
         return read_lines(file)
     if data == "artists":

@@ -29,7 +29,7 @@ def command(
     ] = None,
     pretrained: Pretrained = None,
     image_size: Annotated[
-        int | None, typer.Option("--image-size", min=4, help="Side of the pictures.", show_default="the model's")
+        int | None, typer.Option("--image-size", min=4, help="Side of the images.", show_default="the model's")
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic/--static", help="Take batches of every size.")] = True,
     dynamic_size: Annotated[

@@ -1,4 +1,4 @@
-"""``florence-fast predict``: which of some texts a picture shows."""
+"""``florence-fast predict``: which of some texts an image shows."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +27,7 @@ SHOWN = 5  # classes
 
 
 def command(
-    image: Annotated[Path, typer.Option("--image", help="The picture.")],
+    image: Annotated[Path, typer.Option("--image", help="The image.")],
     texts: Annotated[
         list[str] | None,
         typer.Option(
@@ -45,8 +45,8 @@ def command(
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """Say which of several texts, or which class, a picture shows."""
-    from florence_fast.data.pictures import open_picture
+    """Say which of several texts, or which class, an image shows."""
+    from florence_fast.data.images import open_image
     from florence_fast.data.prompts import fill
     from florence_fast.evaluate import probabilities
     from florence_fast.evaluate.features import device_of
@@ -59,11 +59,11 @@ def command(
         return
     with refusals_as_wrong_usage():
         asked = [fill(template, text) for text in texts]
-        picture = open_picture(image)
+        shown = open_image(image)
     pretrained = weights_of(model, pretrained, note=True)
     net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
     precision = settle_precision(precision, device_of(net))
-    answer = probabilities(net, tokenizer, picture, asked, precision=precision)
+    answer = probabilities(net, tokenizer, shown, asked, precision=precision)
 
     ranked = sorted(zip(texts, answer, strict=True), key=lambda pair: -pair[1])
     _show(image, "text", ranked)
@@ -74,7 +74,7 @@ def command(
 
 def _classify(image: Path, model: str, out: Path | None, precision: str, device: str | None) -> None:
     """Say which of its classes a classifier sees, the likeliest first."""
-    from florence_fast.data.pictures import open_picture
+    from florence_fast.data.images import open_image
     from florence_fast.evaluate.classification import class_probabilities
     from florence_fast.models.classifier import load_classifier
     from florence_fast.models.factory import local_path
@@ -83,9 +83,9 @@ def _classify(image: Path, model: str, out: Path | None, precision: str, device:
         if local_path(model) is None:
             raise ValueError(f"--texts is needed: the texts that {model} chooses from")
         device = pick_device(device)
-        found, picture = load_classifier(model, precision, device), open_picture(image)
+        found, shown = load_classifier(model, precision, device), open_image(image)
     precision = settle_precision(precision, device)
-    answer = class_probabilities(found.tower, picture, found.transform(), precision=precision)
+    answer = class_probabilities(found.tower, shown, found.transform(), precision=precision)
     ranked = sorted(zip(found.classes, answer, strict=True), key=lambda pair: -pair[1])
     _show(image, "class", ranked[:SHOWN])
     if out is not None:

@@ -31,7 +31,7 @@ def command(
     context: typer.Context,
     model: Model = "florence_nano",
     image_size: Annotated[
-        int | None, typer.Option("--image-size", min=4, help="Side of the pictures.", show_default="the model's")
+        int | None, typer.Option("--image-size", min=4, help="Side of the images.", show_default="the model's")
     ] = None,
     batch_size: BatchSize = 8,
     precision: Precision = "auto",
@@ -55,7 +55,7 @@ def command(
 ) -> None:
     """Show where a model's time goes.
 
-    A few warm steps on random pictures and texts run under torch.profiler. docs/profiling.md explains the names of
+    A few warm steps on random images and texts run under torch.profiler. docs/profiling.md explains the names of
     the ranges, and what to look at in Nsight.
     """
     if nsys + bare + (ncu is not None) > 1:
@@ -80,7 +80,7 @@ def command(
 
     from florence_fast.files import write_json
     from florence_fast.profile import profile
-    from florence_fast.profile.picture import draw_ranges
+    from florence_fast.profile.chart import draw_ranges
 
     terminal = console()
     with terminal.status("starting") as status:

@@ -1,4 +1,4 @@
-"""``florence-fast search``: find pictures in a folder by words."""
+"""``florence-fast search``: find images in a folder by words."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,9 +27,9 @@ RESULTS, SHEET = "results.json", "contact_sheet.html"
 
 
 def command(
-    images: Annotated[Path, typer.Option("--images", help="Folder of pictures, searched with all folders in it.")],
+    images: Annotated[Path, typer.Option("--images", help="Folder of images, searched with all folders in it.")],
     query: Annotated[list[str], typer.Option("--query", help="The words to search for; repeat it for more searches.")],
-    top: Annotated[int, typer.Option("--top", min=1, help="How many pictures to show.")] = 12,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many images to show.")] = 12,
     model: Model = "florence_nano",
     pretrained: Pretrained = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of results.json and contact_sheet.html.")] = Path(
@@ -37,18 +37,18 @@ def command(
     ),
     index: Annotated[
         Path | None,
-        typer.Option("--index", help="Keep the features in this file: the next search encodes new pictures only."),
+        typer.Option("--index", help="Keep the features in this file: the next search encodes new images only."),
     ] = None,
     batch_size: BatchSize = 64,
     image_resize_mode: ResizeMode = None,
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """Find pictures in a folder by words.
+    """Find images in a folder by words.
 
-    The ranked list goes to the screen and to results.json, the pictures themselves to one page, contact_sheet.html.
+    The ranked list goes to the screen and to results.json, the images themselves to one page, contact_sheet.html.
     """
-    from florence_fast.evaluate import PictureFolder, index_pictures
+    from florence_fast.evaluate import ImageFolder, index_images
     from florence_fast.evaluate import search as rank
     from florence_fast.evaluate.contact_sheet import contact_sheets
     from florence_fast.evaluate.feature_file import check_feature_file
@@ -61,16 +61,16 @@ def command(
     with refusals_as_wrong_usage():
         if index is not None:
             check_feature_file(index)
-        pictures = PictureFolder(images)
+        folder = ImageFolder(images)
     pretrained = weights_of(model, pretrained, note=True)
     net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
     precision = settle_precision(precision, device_of(net))
-    indexed = index_pictures(net, pictures, batch_size=batch_size, precision=precision, progress=True, file=index)
+    indexed = index_images(net, folder, batch_size=batch_size, precision=precision, progress=True, file=index)
 
     searches = [(words, rank(net, tokenizer, indexed, words, top)) for words in query]
     found = []
     for words, hits in searches:
-        table = Table("", "picture", "cosine", title=printable(words), title_justify="left")
+        table = Table("", "image", "cosine", title=printable(words), title_justify="left")
         for number, hit in enumerate(hits, start=1):
             table.add_row(str(number), printable(hit.path.relative_to(images)), f"{hit.score:.3f}")
         console().print(table)

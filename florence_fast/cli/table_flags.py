@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-CsvImgKey = Annotated[str, typer.Option("--csv-img-key", help="Column of a table with the picture's path.")]
+CsvImgKey = Annotated[str, typer.Option("--csv-img-key", help="Column of a table with the image's path.")]
 CsvCaptionKey = Annotated[str, typer.Option("--csv-caption-key", help="Column of a table with the text.")]
 CsvSeparator = Annotated[
     str | None,

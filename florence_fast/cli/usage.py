@@ -61,7 +61,7 @@ ResizeMode = Annotated[
         show_default="as trained",
     ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures or texts in one forward pass.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images or texts in one forward pass.")]
 
 
 class WrongUsage(Exception):

@@ -31,15 +31,15 @@ def command(
     ] = "auto",
     image_size: Annotated[
         int | None,
-        typer.Option("--image-size", "--img-size", min=4, help="Side of the pictures.", show_default="the model's"),
+        typer.Option("--image-size", "--img-size", min=4, help="Side of the images.", show_default="the model's"),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Pictures of one batch.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Images of one batch.")] = 8,
     train: Annotated[bool, typer.Option("--train", help="The backward too.")] = False,
     device: Device = None,
 ) -> None:
     """Compile a model's kernels ahead.
 
-    The model runs once on random pictures and texts. What is compiled stays in Triton's cache on disk, so that the
+    The model runs once on random images and texts. What is compiled stays in Triton's cache on disk, so that the
     next process finds it; a second call of this command says how much was there.
     """
     with refusals_as_wrong_usage():

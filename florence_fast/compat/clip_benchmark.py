@@ -27,7 +27,7 @@ def load(
         device: where the model goes.
 
     Returns:
-        ``(model in evaluation mode, transform of pictures for evaluation, tokenizer)``.
+        ``(model in evaluation mode, transform of images for evaluation, tokenizer)``.
 
     Raises:
         ValueError: an unknown model or tag, or an image tower, which reads no text.

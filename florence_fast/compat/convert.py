@@ -161,7 +161,7 @@ def convert(
     state = drop_buffers(found.state)
     before = set(state)
     state = _READERS[read_as][1](state) if read_as in _READERS else to_our_layout(state)
-    dropped = [] if read_as != "hugging_face" else _pictures_of_clip(before)
+    dropped = [] if read_as != "hugging_face" else _images_of_clip(before)
     if read_as == "open_clip" and not any(name.startswith("visual.") for name in state):
         dropped = sorted(name for name in before if name.startswith("visual."))
     refuse_other_swins(state)
@@ -208,7 +208,7 @@ def _recognise(found: Checkpoint) -> str:
     return "florence_fast"
 
 
-def _pictures_of_clip(names: set[str]) -> list[str]:
+def _images_of_clip(names: set[str]) -> list[str]:
     return sorted(name for name in names if name.startswith(("vision_model.", "visual_projection.")))
 
 

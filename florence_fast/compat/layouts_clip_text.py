@@ -1,6 +1,6 @@
 """CLIP's text tower in Hugging Face's names (CLIPTextModel, CLIPTextModelWithProjection, CLIPModel), read.
 
-Its three products of an attention join into one. The pictures' side of a CLIPModel is no Swin and is left out.
+Its three products of an attention join into one. The images' side of a CLIPModel is no Swin and is left out.
 """
 
 from __future__ import annotations

@@ -42,6 +42,6 @@ class FlorenceFastImageProcessor(BaseImageProcessor):
         """Turn one PIL image, or the path of one, or a list of them into ``pixel_values``, (B, 3, size, size)."""
         mean, std = tuple(self.image_mean), tuple(self.image_std)
         transform = image_transform(self.size, False, mean, std, self.resize_mode, self.interpolation)
-        pictures = list(images) if isinstance(images, list | tuple) else [images]
-        pixels = torch.stack([transform(picture) for picture in pictures])
+        listed = list(images) if isinstance(images, list | tuple) else [images]
+        pixels = torch.stack([transform(image) for image in listed])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)

@@ -1,7 +1,7 @@
 """The demo's data: emoji by seven artists with their names and Unicode's keywords.
 
 Six artists are for training; the seventh, whose drawings no training run sees, asks whether the names were learnt
-or the drawings. The pictures are shipped; scripts/render_artists.py makes them again, NOTICE credits them.
+or the drawings. The images are shipped; scripts/render_artists.py makes them again, NOTICE credits them.
 """
 
 from functools import lru_cache
@@ -17,19 +17,19 @@ TEST_ARTIST = "twemoji"
 
 @lru_cache(maxsize=1)
 def artists_train() -> PairSource:
-    """Pictures of the six training artists: 8,666 pairs, 64 x 64 pixels."""
+    """Images of the six training artists: 8,666 pairs, 64 x 64 pixels."""
     return TarPairs([FOLDER / f"{artist}.tar.gz" for artist in TRAIN_ARTISTS])
 
 
 @lru_cache(maxsize=1)
 def artists_test() -> PairSource:
-    """Pictures of the held-out artist whose names occur in training: 1,696 pairs."""
+    """Images of the held-out artist whose names occur in training: 1,696 pairs."""
     known = set(artists_names())
     held_out = TarPairs([FOLDER / f"{TEST_ARTIST}.tar.gz"])
     return Subset(held_out, [index for index in range(len(held_out)) if held_out.texts(index).text in known])
 
 
 def artists_names() -> list[str]:
-    """The 2,660 names of the training pictures, sorted: the classes of the zero-shot test."""
+    """The 2,660 names of the training images, sorted: the classes of the zero-shot test."""
     source = artists_train()
     return sorted({source.texts(index).text for index in range(len(source))})

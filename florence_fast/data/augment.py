@@ -1,7 +1,7 @@
 """Augmentation of a whole batch at once, on whatever device the batch lies.
 
-One affine map and one colour map a picture, a handful of tensor operations a batch: on two CPU cores this
-costs a few per cent of the training step, where picture-by-picture augmentation would cost more than the
+One affine map and one colour map an image, a handful of tensor operations a batch: on two CPU cores this
+costs a few per cent of the training step, where image-by-image augmentation would cost more than the
 model. Letters: B batch, S side of the square output.
 """
 
@@ -20,10 +20,10 @@ HARD_RIM = 0.2  # share of the replaced grounds that leave the drawing's rim mix
 
 @dataclass(frozen=True)
 class BatchAugment:
-    """Random affine and colour changes, then normalisation: uint8 pictures in, float tensors out.
+    """Random affine and colour changes, then normalisation: uint8 images in, float tensors out.
 
-    Every draw comes from a generator seeded by (``seed``, ``step``), so a resumed run sees the same pictures.
-    The region outside a turned or shrunk picture is white, or its ground. A strength of 0 switches its change off, and
+    Every draw comes from a generator seeded by (``seed``, ``step``), so a resumed run sees the same images.
+    The region outside a turned or shrunk image is white, or its ground. A strength of 0 switches its change off, and
     with all of them at 0 the result is only resized and normalised.
 
     Args:
@@ -33,9 +33,9 @@ class BatchAugment:
         scale: largest change of size either way, as a natural logarithm (0.25: 0.78 to 1.28 times).
         aspect: the same for width against height.
         shear: largest horizontal shear, as a slope.
-        translate: largest shift either way, as a share of half the picture.
+        translate: largest shift either way, as a share of half the image.
         colour: standard deviation of the random mixing of the three channels.
-        grey: probability of a grey picture.
+        grey: probability of a grey image.
         contrast: largest change of contrast either way, as a natural logarithm.
         brightness: largest shift of brightness either way, in [0, 1].
         grounds: probability that the white around a drawing is replaced; see `draw_grounds`.
@@ -93,7 +93,7 @@ class BatchAugment:
         return (x - mean) / std
 
     def _place(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Turn, scale, shear and shift each picture by its own affine map, and give some another ground."""
+        """Turn, scale, shear and shift each image by its own affine map, and give some another ground."""
         grid = self._grid(x, generator)
         # grid_sample fills with zeros; on the negative that is white.
         moved = 1 - F.grid_sample(1 - x, grid, align_corners=False)
@@ -110,7 +110,7 @@ class BatchAugment:
         return moved
 
     def _grid(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw an affine map for each picture, and return the places (B, H, W, 2) that its pixels come from."""
+        """Draw an affine map for each image, and return the places (B, H, W, 2) that its pixels come from."""
 
         def uniform(bound: float) -> Tensor:
             return (torch.rand(len(x), generator=generator, device="cpu") * 2 - 1) * bound

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from florence_fast.data.folder_walk import files_below
 from florence_fast.data.folders import refuse_splits, sort_by_kind
+from florence_fast.data.images import MAX_PIXELS, SUFFIXES, open_image
 from florence_fast.data.left_out import LeftOut
 from florence_fast.data.loader import Collate, ImageBatch, Loader, Slots
-from florence_fast.data.pictures import MAX_PIXELS, SUFFIXES, open_picture
 from florence_fast.errors import did_you_mean
 from florence_fast.printable import printable
 
@@ -69,7 +69,7 @@ class ClassFolders:
 
     def image(self, index: int) -> Image.Image:
         """Image ``index``, RGB."""
-        return open_picture(self.paths[index], self.max_pixels)
+        return open_image(self.paths[index], self.max_pixels)
 
     def describe(self, index: int) -> str:
         """Path of image ``index``."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
-from florence_fast.data.pictures import SUFFIXES
+from florence_fast.data.images import SUFFIXES
 
 SEPARATOR_NAMES = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
 DETECTED = ("\t", ",", ";", "|")
@@ -69,22 +69,22 @@ def split_line(line: str, separator: str) -> list[str]:
         return line.rstrip("\r\n").split(separator)
 
 
-def read_records(lines: Iterable[str], separator: str, num_columns: int, picture: int) -> Iterator[Record]:
+def read_records(lines: Iterable[str], separator: str, num_columns: int, image: int) -> Iterator[Record]:
     """Yield the records of the lines that follow a header.
 
     Args:
         lines: lines with their ends; the first one is line 2 of its file.
         separator: one character.
         num_columns: columns of the header.
-        picture: number of the column with the picture's path, by whose suffix a line is known to be a row.
+        image: number of the column with the image's path, by whose suffix a line is known to be a row.
     """
-    return _Reader(lines, separator, num_columns, picture).records()
+    return _Reader(lines, separator, num_columns, image).records()
 
 
 class _Reader:
-    def __init__(self, lines: Iterable[str], separator: str, num_columns: int, picture: int) -> None:
+    def __init__(self, lines: Iterable[str], separator: str, num_columns: int, image: int) -> None:
         self._lines, self._separator = iter(lines), separator
-        self._num_columns, self._picture = num_columns, picture
+        self._num_columns, self._image = num_columns, image
         self._put_back: deque[str] = deque()
         self._suffixes = tuple(SUFFIXES)
 
@@ -95,7 +95,7 @@ class _Reader:
             if '"' in line:
                 fields, num_lines, stray = self._quoted(line, fields)
             if len(fields) > 1 or fields[0]:
-                if first and len(fields) == self._num_columns and not self._is_picture(fields):
+                if first and len(fields) == self._num_columns and not self._is_image(fields):
                     self._suffixes = ("",)  # names without a suffix: the number of fields makes a row
                 first = False
                 yield Record(number, fields, stray)
@@ -119,11 +119,11 @@ class _Reader:
     def _more(self, line: str, as_it_stands: list[str], taken: list[str]) -> Iterator[str]:
         """Yield the lines that may belong to the field that ``line`` leaves open; they are noted in ``taken``."""
         opened = len(next(csv.reader([line], delimiter=self._separator))) - 1
-        before_picture = opened < self._picture
-        if before_picture and self._is_row(as_it_stands):
+        before_image = opened < self._image
+        if before_image and self._is_row(as_it_stands):
             return
         while len(taken) < MAX_LINES_OF_A_FIELD and (following := self._next()) is not None:
-            closes = before_picture and following.count('"') % 2 == 1
+            closes = before_image and following.count('"') % 2 == 1
             split = following.rstrip("\r\n").split(self._separator)
             if not closes and (self._is_row(split) or self._is_row(split_line(following, self._separator))):
                 self._put_back.appendleft(following)
@@ -132,10 +132,10 @@ class _Reader:
             yield following
 
     def _is_row(self, fields: list[str]) -> bool:
-        return len(fields) == self._num_columns and self._is_picture(fields)
+        return len(fields) == self._num_columns and self._is_image(fields)
 
-    def _is_picture(self, fields: list[str]) -> bool:
-        return fields[self._picture].strip().strip('"').lower().endswith(self._suffixes)
+    def _is_image(self, fields: list[str]) -> bool:
+        return fields[self._image].strip().strip('"').lower().endswith(self._suffixes)
 
     def _next(self) -> str | None:
         return self._put_back.popleft() if self._put_back else next(self._lines, None)

@@ -1,6 +1,6 @@
 """Decode images of a source to one size; workers.py does so ahead of time, in other processes.
 
-Letters: S side of the square pictures.
+Letters: S side of the square images.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from florence_fast.data._threads import one_thread_after_fork
+from florence_fast.data.images import to_rgb
 from florence_fast.data.pairs import PairSource
-from florence_fast.data.pictures import to_rgb
 from florence_fast.data.resizing import RESIZE_MODES, fit, resize
 from florence_fast.data.sampling import CROP, uniform
 from florence_fast.data.transforms import random_crop_box, to_array
@@ -19,7 +19,7 @@ from florence_fast.data.transforms import random_crop_box, to_array
 # or a random part.
 CROPS = (*RESIZE_MODES, "center", "random_resized")
 
-# A picture as (index, epoch); the epoch is 0 where the picture is the same in all of them.
+# An image as (index, epoch); the epoch is 0 where the image is the same in all of them.
 Key = tuple[int, int]
 # What became of it: uint8 (3, S, S), or the reason why it cannot be read.
 Decoded = dict[Key, np.ndarray | str]
@@ -27,7 +27,7 @@ Decoded = dict[Key, np.ndarray | str]
 
 @dataclass(frozen=True)
 class Decoder:
-    """Decode pictures of ``source`` to ``size`` x ``size``; the part that a random crop shows follows from its key."""
+    """Decode images of ``source`` to ``size`` x ``size``; the part that a random crop shows follows from its key."""
 
     source: PairSource
     size: int
@@ -37,7 +37,7 @@ class Decoder:
 
     @one_thread_after_fork()
     def __call__(self, key: Key) -> np.ndarray | str:
-        """Decode one picture, or say why that cannot be done."""
+        """Decode one image, or say why that cannot be done."""
         index, epoch = key
         try:
             image = to_rgb(self.source.image(index))

@@ -1,4 +1,4 @@
-"""Pairs that lie in a folder: each picture with a text file of its name, or in the folder of its class."""
+"""Pairs that lie in a folder: each image with a text file of its name, or in the folder of its class."""
 
 import logging
 import re
@@ -9,9 +9,9 @@ from PIL import Image
 
 from florence_fast.data.folder_walk import files_below
 from florence_fast.data.imagenet import imagenet_name, is_wnid
+from florence_fast.data.images import SUFFIXES, open_image
 from florence_fast.data.left_out import LeftOut
 from florence_fast.data.pairs import PairSource, PairText, pair_text
-from florence_fast.data.pictures import SUFFIXES, open_picture
 from florence_fast.printable import printable
 from florence_fast.text_files import read_text
 
@@ -25,42 +25,42 @@ _SPLIT = re.compile(
 
 
 class FolderPairs(PairSource):
-    """All pictures below a folder, sorted by path; links to folders are followed.
+    """All images below a folder, sorted by path; links to folders are followed.
 
-    The text of ``NAME.jpg`` is ``NAME.txt`` where that exists, and otherwise the name of the picture's folder
+    The text of ``NAME.jpg`` is ``NAME.txt`` where that exists, and otherwise the name of the image's folder
     directly below the root, with blanks for its ``_`` and ``-``: ``red_apple/17.jpg`` is a "red apple". A folder that
     is named by a WordNet id has the name of that ImageNet class. What is read, and what is left out, is logged.
 
     Raises:
-        ValueError: there is no picture, or none of them has a text; the folders are parts of a data set (``train``,
+        ValueError: there is no image, or none of them has a text; the folders are parts of a data set (``train``,
             ``val``) in place of classes; one is a WordNet id that is no class of ImageNet's 1,000.
     """
 
     def __init__(self, folder: Path, max_pixels: int) -> None:
         self.folder, self.max_pixels = folder, max_pixels
         left_out = LeftOut()
-        self.pictures, self._captions = sort_by_kind(files_below(folder, left_out), left_out)
-        if not self.pictures:
+        self.images, self._captions = sort_by_kind(files_below(folder, left_out), left_out)
+        if not self.images:
             held = f"; it holds {left_out}" if left_out else ""
-            raise ValueError(f"{printable(folder)} holds no picture; known are {', '.join(sorted(SUFFIXES))}{held}")
-        unnamed = self.pictures
+            raise ValueError(f"{printable(folder)} holds no image; known are {', '.join(sorted(SUFFIXES))}{held}")
+        unnamed = self.images
         if self._captions:
             unnamed = [path for path in unnamed if path.with_suffix("") not in self._captions]
-        if len(unnamed) == len(self.pictures) and all(path.parent == folder for path in unnamed):
+        if len(unnamed) == len(self.images) and all(path.parent == folder for path in unnamed):
             raise ValueError(
-                f"none of the {len(self.pictures)} pictures in {printable(folder)} has a text: wanted NAME.txt beside "
-                "NAME.jpg, or the pictures of a class in a folder of its name"
+                f"none of the {len(self.images)} images in {printable(folder)} has a text: wanted NAME.txt beside "
+                "NAME.jpg, or the images of a class in a folder of its name"
             )
         classes = sorted({self._class_folder(path) for path in unnamed if path.parent != folder})
         self._refuse_what_is_no_class(classes)
         self._tell(classes, len(unnamed), left_out)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def texts(self, index: int) -> PairText:
-        """Text of picture ``index``."""
-        path = self.pictures[index]
+        """Text of image ``index``."""
+        path = self.images[index]
         if caption := self._captions.get(path.with_suffix("")):
             return pair_text(read_text(caption, MAX_TEXT_BYTES))
         if path.parent == self.folder:
@@ -68,12 +68,12 @@ class FolderPairs(PairSource):
         return pair_text(_class_name(self._class_folder(path)))
 
     def image(self, index: int) -> Image.Image:
-        """Picture ``index``."""
-        return open_picture(self.pictures[index], self.max_pixels)
+        """Image ``index``."""
+        return open_image(self.images[index], self.max_pixels)
 
     def describe(self, index: int) -> str:
-        """Path of picture ``index``."""
-        return printable(self.pictures[index])
+        """Path of image ``index``."""
+        return printable(self.images[index])
 
     def _class_folder(self, path: Path) -> str:
         return path.parts[len(self.folder.parts)]
@@ -91,9 +91,9 @@ class FolderPairs(PairSource):
         """Log what was understood; a warning where that may not be what was meant."""
         names = [printable(_class_name(name), 40) for name in classes]
         logger.log(
-            logging.WARNING if len(names) == 1 and num_unnamed == len(self.pictures) else logging.INFO,
-            "%s: %d pictures, %d with a text of their own, the others of %d classes by the names of their folders%s",
-            *(printable(self.folder), len(self.pictures), len(self.pictures) - num_unnamed, len(names)),
+            logging.WARNING if len(names) == 1 and num_unnamed == len(self.images) else logging.INFO,
+            "%s: %d images, %d with a text of their own, the others of %d classes by the names of their folders%s",
+            *(printable(self.folder), len(self.images), len(self.images) - num_unnamed, len(names)),
             f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "",
         )
         if left_out:
@@ -117,11 +117,11 @@ def refuse_splits(folder: Path, classes: Sequence[str]) -> None:
 
 
 def sort_by_kind(files: Iterable[Path], left_out: LeftOut) -> tuple[list[Path], dict[Path, Path]]:
-    """Part files into pictures and, by their path without suffix, texts; count the others."""
-    pictures, captions = [], {}
+    """Part files into images and, by their path without suffix, texts; count the others."""
+    images, captions = [], {}
     for path in files:
         if path.suffix.lower() in SUFFIXES:
-            pictures.append(path)
+            images.append(path)
         elif path.suffix.lower() == ".txt":
             stem = path.with_suffix("")
             if stem not in captions or path.suffix == ".txt":
@@ -131,8 +131,8 @@ def sort_by_kind(files: Iterable[Path], left_out: LeftOut) -> tuple[list[Path], 
                 f"of kind {printable(path.suffix.lower(), 20)}" if path.suffix else "without a suffix", path.name
             )
     if captions:
-        left_out.add("texts without a picture", *sorted(captions.keys() - {path.with_suffix("") for path in pictures}))
-    return pictures, captions
+        left_out.add("texts without an image", *sorted(captions.keys() - {path.with_suffix("") for path in images}))
+    return images, captions
 
 
 def _class_name(folder: str) -> str:

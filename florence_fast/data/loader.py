@@ -237,7 +237,7 @@ class Loader(ABC):
         """The images of a batch that are neither in the cache nor known to be unreadable."""
         pairs = zip(slots.indices.tolist(), slots.epochs.tolist(), strict=True)
         keys = dict.fromkeys(self._key(index, epoch) for index, epoch in pairs if index not in self._faults)
-        return [key for key in keys if self._pictures is None or key[0] not in self._pictures]
+        return [key for key in keys if self._images is None or key[0] not in self._images]
 
     @annotated("data.assemble")
     def _assemble(self, slots: Slots, decoded: Decoded, start: Start, image_size: int, collate: Collate) -> Any:
@@ -247,8 +247,8 @@ class Loader(ABC):
         for slot in bad:
             self._replace(slots, slot, decoded, start)
         self._judge(len(slots.indices), len(bad))
-        if self._pictures is not None:
-            images = self._pictures.take(slots.indices, image_size)
+        if self._images is not None:
+            images = self._images.take(slots.indices, image_size)
         else:
             keys = map(self._key, slots.indices.tolist(), slots.epochs.tolist())
             images = shrink(torch.from_numpy(np.stack([decoded[key] for key in keys])), image_size)
@@ -258,11 +258,11 @@ class Loader(ABC):
 
     def _keep(self, decoded: Decoded) -> None:
         """Take note of what was decoded: images into the cache, reasons among the faults."""
-        for (index, _), picture in decoded.items():
-            if isinstance(picture, str):
-                self._fault(index, picture)
-            elif self._pictures is not None:
-                self._pictures.put(index, picture)
+        for (index, _), image in decoded.items():
+            if isinstance(image, str):
+                self._fault(index, image)
+            elif self._images is not None:
+                self._images.put(index, image)
 
     def is_readable(self, index: int) -> bool:
         """Say whether a sample has no fault so far and what belongs to its image can be read, and is kept then."""
@@ -313,7 +313,7 @@ class Loader(ABC):
             name = self.kind.split()[-1]
             raise BadDataError(
                 f"{bad} {name}s in a row could not be read, more than max_bad_share={self.max_bad_share} lets pass; "
-                f"are the pictures where the data says? {self._first_faults(1)}"
+                f"are the images where the data says? {self._first_faults(1)}"
             )
 
     def _first_faults(self, most: int = NAMED_IN_ERROR) -> str:
@@ -327,7 +327,7 @@ class Loader(ABC):
         """Decode at ``size`` from now on."""
         self._decode_size = size
         fits = self.cache and fits_in_memory(len(self.source), size, self.world_size)
-        self._pictures = PictureCache(len(self.source), size) if fits else None
+        self._images = PictureCache(len(self.source), size) if fits else None
 
 
 def require_positive(**counts: int | None) -> None:

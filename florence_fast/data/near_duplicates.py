@@ -2,7 +2,7 @@
 
 Exact, by multi-index hashing: hashes that differ in at most d bits agree in one of d + 1 bands of bits, so only those
 that share a band are compared. Large buckets are split again in the same way, so that neither many hashes nor
-pictures that have much in common (a white border) make the search quadratic. Memory: about 60 bytes a hash, and 40
+images that have much in common (a white border) make the search quadratic. Memory: about 60 bytes a hash, and 40
 a pair. Where the native extension is absent, NumPy finds the same, slower.
 Letters: N hashes · P pairs · Q queries.
 """

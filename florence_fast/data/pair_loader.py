@@ -39,7 +39,7 @@ class PairLoader(Loader):
         source: the pairs.
         augment_text: draw keywords, short names and templates in place of the plain text; see `draw_text`.
         keyword_prob, template_prob: how often.
-        pictures_per_text: images of one text that come one after another; see `epoch_order`.
+        images_per_text: images of one text that come one after another; see `epoch_order`.
         options: those of `Loader`.
 
     Raises:
@@ -60,16 +60,16 @@ class PairLoader(Loader):
         augment_text: bool = True,
         keyword_prob: float = 0.3,
         template_prob: float = 0.5,
-        pictures_per_text: int = 1,
+        images_per_text: int = 1,
         **options: Any,
     ) -> None:
-        require_positive(pictures_per_text=pictures_per_text)
+        require_positive(images_per_text=images_per_text)
         require_share(keyword_prob=keyword_prob, template_prob=template_prob)
         super().__init__(source, **options)
         self.augment_text = augment_text
         self.keyword_prob, self.template_prob = keyword_prob, template_prob
-        self.pictures_per_text = pictures_per_text
-        self._text_ids = self._number_texts() if pictures_per_text > 1 else None
+        self.images_per_text = images_per_text
+        self._text_ids = self._number_texts() if images_per_text > 1 else None
 
     def configure(self, *, augment_text: bool | None = None, **options: Any) -> None:
         """Change what a new stage of training changes; it holds from the next call of `batches` on."""
@@ -82,7 +82,7 @@ class PairLoader(Loader):
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the order of one epoch, with images of one text in groups."""
-        return epoch_order(self.seed, epoch, len(self.source), self._text_ids, self.pictures_per_text)
+        return epoch_order(self.seed, epoch, len(self.source), self._text_ids, self.images_per_text)
 
     def collator(self) -> Collate:
         """Return what adds captions and labels to the images of a batch."""

@@ -1,4 +1,4 @@
-"""Pictures with texts, whatever they lie in: one map-style source, and one function that opens it.
+"""Images with texts, whatever they lie in: one map-style source, and one function that opens it.
 
 A source is indexed once, before the first step, and then answers for any index in any order: the order of a run
 can depend on its seed alone. What is wrong with a single pair shows when it is asked for, as a ``ValueError`` or
@@ -19,11 +19,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from florence_fast.data.pictures import MAX_PIXELS, open_picture
+from florence_fast.data.images import MAX_PIXELS, open_image
 from florence_fast.printable import has_half_character, printable
 from florence_fast.strict_json import BYTE_ORDER_MARK
 
-__all__ = ["Concat", "PairSource", "PairText", "Subset", "open_pairs", "open_picture"]
+__all__ = ["Concat", "PairSource", "PairText", "Subset", "open_image", "open_pairs"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ REMOTE = ("http://", "https://", "s3://", "gs://", "hf://", "ftp://", "pipe:", "
 
 @dataclass(frozen=True, slots=True)
 class PairText:
-    """What is said about one picture: its text and, where the data has them, a short name and keywords."""
+    """What is said about one image: its text and, where the data has them, a short name and keywords."""
 
     text: str
     short_name: str | None = None
@@ -83,7 +83,7 @@ class PairSource(ABC):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image:
-        """Decode the picture of pair ``index`` to RGB, or raise ValueError or OSError where it cannot be read."""
+        """Decode the image of pair ``index`` to RGB, or raise ValueError or OSError where it cannot be read."""
 
     @abstractmethod
     def describe(self, index: int) -> str:
@@ -104,7 +104,7 @@ class Subset(PairSource):
         return self.source.texts(self.indices[index])
 
     def image(self, index: int) -> Image.Image:
-        """Picture of the chosen pair ``index``."""
+        """Image of the chosen pair ``index``."""
         return self.source.image(self.indices[index])
 
     def describe(self, index: int) -> str:
@@ -132,7 +132,7 @@ class Concat(PairSource):
         return source.texts(index)
 
     def image(self, index: int) -> Image.Image:
-        """Picture of pair ``index`` of them all."""
+        """Image of pair ``index`` of them all."""
         source, index = self._locate(index)
         return source.image(index)
 
@@ -152,9 +152,9 @@ def open_pairs(
 ) -> PairSource:
     """Open image-text pairs; what they are read by follows from what the path is.
 
-    - ``.csv``, ``.tsv``, ``.jsonl``, ``.parquet``: a row a pair, paths of pictures relative to the table (or the
+    - ``.csv``, ``.tsv``, ``.jsonl``, ``.parquet``: a row a pair, paths of images relative to the table (or the
       working folder).
-    - a folder: pictures with a ``.txt`` of the same name beside them, or in one folder a class; or a folder of tars.
+    - a folder: images with a ``.txt`` of the same name beside them, or in one folder a class; or a folder of tars.
     - ``.tar``, ``.tar.gz``: WebDataset shards, ``KEY.jpg`` (or png, webp) with ``KEY.txt`` and, or, ``KEY.json``.
 
     Only local files are read. Remote and piped shards, which have no order that could be resumed, are refused.
@@ -162,11 +162,11 @@ def open_pairs(
     Args:
         spec: a path, several, or one with braces for shards: ``data/{000..010}.tar``, ``{train,val}.csv``, or with
             ``*``, ``?`` or ``[abc]``, sorted: ``part-*.csv``; ``::`` joins paths, as in open_clip.
-        img_key: column of the picture's path, in tables; ``image`` is understood too.
+        img_key: column of the image's path, in tables; ``image`` is understood too.
         caption_key: column of the text, in tables; ``text`` is understood too.
         separator: between the columns of a CSV file, as a character or as "tab", "comma", "semicolon", "pipe" or
             "space"; by default the one that the header shows.
-        max_pixels: pictures larger than this are unreadable.
+        max_pixels: images larger than this are unreadable.
 
     Raises:
         FileNotFoundError: a path does not exist; the message names the nearest one that does.

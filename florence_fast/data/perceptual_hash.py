@@ -1,9 +1,9 @@
-"""Perceptual hashes: 64 bits that stay nearly the same when a picture is resized or compressed again.
+"""Perceptual hashes: 64 bits that stay nearly the same when an image is resized or compressed again.
 
-Both see a picture through a small grid: the mean brightness of each cell, an integer, computed in integers; where
-the native extension is absent, NumPy gives the same. The distance of two pictures is the number of bits in which
+Both see an image through a small grid: the mean brightness of each cell, an integer, computed in integers; where
+the native extension is absent, NumPy gives the same. The distance of two images is the number of bits in which
 their hashes differ: 0 to 4 for most copies, around 32 for different photographs.
-Letters: B pictures · H W height and width.
+Letters: B images · H W height and width.
 """
 
 import logging
@@ -16,13 +16,13 @@ from PIL import Image
 
 from florence_fast import native
 from florence_fast.data._threads import number_of_threads
-from florence_fast.data.pictures import oriented, to_rgb
+from florence_fast.data.images import oriented, to_rgb
 
 log = logging.getLogger(__name__)
 
-Picture = np.ndarray | Image.Image
+ImageLike = np.ndarray | Image.Image
 
-CHUNK = 64  # pictures that are held in memory at a time
+CHUNK = 64  # images that are held in memory at a time
 WORTH_THREADS = 2**22  # values in a chunk from which on threads repay their start, about 1 ms of work
 LUMA = (299, 587, 114)  # brightness in thousandths, of red, green and blue (ITU-R BT.601)
 MARGIN = 3  # of 255, by which dhash wants a cell brighter than the one before
@@ -42,17 +42,17 @@ class Hashes(NamedTuple):
 
 
 def dhash(
-    pictures: Picture | Iterable[Picture], *, threads: int | None = None, skip_bad: bool = False
+    images: ImageLike | Iterable[ImageLike], *, threads: int | None = None, skip_bad: bool = False
 ) -> np.ndarray | np.uint64 | Hashes:
-    """Hash pictures by where brightness grows from left to right: the difference hash.
+    """Hash images by where brightness grows from left to right: the difference hash.
 
-    The picture is averaged to 8 rows of 9 cells; bit (row, column) is 1 where the next cell to the right is brighter
+    The image is averaged to 8 rows of 9 cells; bit (row, column) is 1 where the next cell to the right is brighter
     by at least 3 of 255. The bits stand row by row, the first of them the most significant. Without that margin a
     plain background, which compression makes uneven, gives bits by chance: of 620 shipped drawings, shrunk and saved
     as JPEG, 61% were found within 3 bits, with it 98%; the margin was chosen on these, of six tried.
 
     Args:
-        pictures: one image: uint8 (H, W) or (H, W, 3) in RGB, or a PIL image (turned as its EXIF data says, transparent
+        images: one image: uint8 (H, W) or (H, W, 3) in RGB, or a PIL image (turned as its EXIF data says, transparent
             parts over white); or several: uint8 (B, H, W, 3), or any iterable of images, of any sizes, taken 64 at a
             time.
         threads: at most one an image; None for torch's number.
@@ -69,41 +69,41 @@ def dhash(
     >>> int(dhash(np.tile(np.arange(0, 180, 20, dtype=np.uint8), (8, 1)))) == 2**64 - 1
     True
     """
-    return _hash(pictures, 8, 9, _dhash_bits, threads, skip_bad)
+    return _hash(images, 8, 9, _dhash_bits, threads, skip_bad)
 
 
 def phash(
-    pictures: Picture | Iterable[Picture], *, threads: int | None = None, skip_bad: bool = False
+    images: ImageLike | Iterable[ImageLike], *, threads: int | None = None, skip_bad: bool = False
 ) -> np.ndarray | np.uint64 | Hashes:
-    """Hash pictures by their 64 lowest spatial frequencies: the hash of the discrete cosine transform.
+    """Hash images by their 64 lowest spatial frequencies: the hash of the discrete cosine transform.
 
-    The picture is averaged to 32 x 32 cells; of their two-dimensional DCT-II the 8 x 8 lowest coefficients are kept,
+    The image is averaged to 32 x 32 cells; of their two-dimensional DCT-II the 8 x 8 lowest coefficients are kept,
     the mean among them, and a bit is 1 where its coefficient is above the median of the 64; the order of the bits is
-    dhash's. Half of the bits are 1 in all but very plain pictures, so distances are even.
+    dhash's. Half of the bits are 1 in all but very plain images, so distances are even.
 
     Args, Returns, Raises: those of dhash.
 
     >>> phash(np.zeros((2, 40, 40, 3), np.uint8)).tolist()
     [0, 0]
     """
-    return _hash(pictures, 32, 32, _phash_bits, threads, skip_bad)
+    return _hash(images, 32, 32, _phash_bits, threads, skip_bad)
 
 
-def area_means_reference(picture: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Average a picture over the cells of a grid: the definition, in NumPy.
+def area_means_reference(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Average an image over the cells of a grid: the definition, in NumPy.
 
     mean = sum of a * (0.299 R + 0.587 G + 0.114 B) / (H / rows * W / columns) over the pixels of a cell, a the
     part of the pixel that lies within; rounded half up.
 
     Args:
-        picture: uint8 (H, W) or (H, W, 3).
-        rows, columns: of the grid; more than the picture has repeat its pixels.
+        image: uint8 (H, W) or (H, W, 3).
+        rows, columns: of the grid; more than the image has repeat its pixels.
 
     Returns:
         uint8 (rows, columns).
     """
-    height, width = picture.shape[:2]
-    light, unit = (picture @ np.array(LUMA, np.float64), 1000) if picture.ndim == 3 else (picture.astype(float), 1)
+    height, width = image.shape[:2]
+    light, unit = (image @ np.array(LUMA, np.float64), 1000) if image.ndim == 3 else (image.astype(float), 1)
     sums = _overlaps(height, rows) @ light @ _overlaps(width, columns).T  # integers below 2**53
     total = height * width * unit
     return ((2 * sums.astype(np.int64) + total) // (2 * total)).astype(np.uint8)
@@ -126,7 +126,7 @@ def _phash_bits(cells: np.ndarray) -> np.ndarray:
 
 
 def _hash(
-    pictures: Picture | Iterable[Picture],
+    images: ImageLike | Iterable[ImageLike],
     rows: int,
     columns: int,
     bits_of: Callable[[np.ndarray], np.ndarray],
@@ -134,19 +134,19 @@ def _hash(
     skip_bad: bool,
 ) -> np.ndarray | np.uint64 | Hashes:
     threads, module = number_of_threads(threads), native.extension()
-    single = isinstance(pictures, Image.Image) or (isinstance(pictures, np.ndarray) and pictures.ndim < 4)
-    if not isinstance(pictures, Image.Image | np.ndarray | Iterable):
-        raise TypeError(f"pictures must be arrays or PIL images, got {type(pictures).__name__}")
-    listed = [pictures] if single else pictures
-    remaining = _readable(cast("Iterable[Picture]", listed), single, skip_bad)
+    single = isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    if not isinstance(images, Image.Image | np.ndarray | Iterable):
+        raise TypeError(f"images must be arrays or PIL images, got {type(images).__name__}")
+    listed = [images] if single else images
+    remaining = _readable(cast("Iterable[ImageLike]", listed), single, skip_bad)
     hashes, indices = [np.empty(0, np.uint64)], []
     while chunk := list(islice(remaining, CHUNK)):
-        numbers, images = zip(*chunk, strict=True)
+        numbers, arrays = zip(*chunk, strict=True)
         if module:
-            few = sum(image.size for image in images) < WORTH_THREADS
-            cells = module.area_means(1 if few else threads, list(images), rows, columns)
+            few = sum(array.size for array in arrays) < WORTH_THREADS
+            cells = module.area_means(1 if few else threads, list(arrays), rows, columns)
         else:
-            cells = np.stack([area_means_reference(image, rows, columns) for image in images])
+            cells = np.stack([area_means_reference(array, rows, columns) for array in arrays])
         packed = np.packbits(bits_of(cells).reshape(-1, 64), axis=1)
         hashes.append(packed.view(">u8").ravel().astype(np.uint64))
         indices += numbers
@@ -155,12 +155,12 @@ def _hash(
     return hashes[1][0] if single else np.concatenate(hashes)
 
 
-def _readable(pictures: Iterable[Picture], single: bool, skip_bad: bool) -> Iterator[tuple[int, np.ndarray]]:
+def _readable(images: Iterable[ImageLike], single: bool, skip_bad: bool) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the number and the pixels of each image; one that cannot be read is named, or left out and logged."""
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         name = "the image" if single else f"image {number}"
         try:
-            pixels = _pixels(picture)
+            pixels = _pixels(image)
         except TypeError as error:
             raise TypeError(f"{name}: {error}") from error
         except (OSError, ValueError) as error:
@@ -171,21 +171,21 @@ def _readable(pictures: Iterable[Picture], single: bool, skip_bad: bool) -> Iter
             yield number, pixels
 
 
-def _pixels(picture: Picture) -> np.ndarray:
+def _pixels(image: ImageLike) -> np.ndarray:
     """Check an image and return its pixels, contiguous, as they are to be seen."""
-    if isinstance(picture, Image.Image):
-        picture.load()
+    if isinstance(image, Image.Image):
+        image.load()
         # Copies differ in whether their pixels were turned or only their EXIF data says so.
-        upright = oriented(picture)
+        upright = oriented(image)
         plain = upright.mode in ("L", "RGB") and "transparency" not in upright.info
-        picture = np.asarray(upright if plain else to_rgb(upright))
-    if not isinstance(picture, np.ndarray):
-        raise TypeError(f"a picture must be an array or a PIL image, got {type(picture).__name__}")
-    if picture.dtype != np.uint8 or not (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] == 3)):
-        raise ValueError(f"a picture must be uint8 (H, W) or (H, W, 3), got {picture.dtype} {picture.shape}")
-    height, width = picture.shape[:2]
+        image = np.asarray(upright if plain else to_rgb(upright))
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"an image must be an array or a PIL image, got {type(image).__name__}")
+    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+        raise ValueError(f"an image must be uint8 (H, W) or (H, W, 3), got {image.dtype} {image.shape}")
+    height, width = image.shape[:2]
     if not height or not width:
-        raise ValueError(f"a picture must have pixels, got shape {picture.shape}")
+        raise ValueError(f"an image must have pixels, got shape {image.shape}")
     if max(height, width) > MAX_SIDE or height * width > MAX_AREA:
-        raise ValueError(f"a picture must be at most 2**24 pixels high and wide and have 2**34, got {picture.shape}")
-    return np.ascontiguousarray(picture)
+        raise ValueError(f"an image must be at most 2**24 pixels high and wide and have 2**34, got {image.shape}")
+    return np.ascontiguousarray(image)

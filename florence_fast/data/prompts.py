@@ -60,7 +60,7 @@ def draw_text(pair: PairText, draws: Sequence[float], keyword_prob: float, templ
     """Vary the text of a pair, as the first stage of pretraining does: another name, then a sentence around it.
 
     Args:
-        pair: the text, short name and keywords of a picture.
+        pair: the text, short name and keywords of an image.
         draws: four numbers in [0, 1): whether and which name, whether and which template.
         keyword_prob: how often the short name or a keyword stands in for the text, where there are any. The short
             name counts as two keywords.

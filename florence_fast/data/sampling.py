@@ -38,7 +38,7 @@ def epoch_order(seed: int, epoch: int, size: int, text_ids: np.ndarray | None = 
     """Order the pairs of one epoch, each of them once.
 
     With ``per_text`` > 1, pairs of one text come in groups of that many, so that a batch holds several positives of
-    a text (Florence, section 2.2); which pictures meet in a group, and the order of the groups, change with the
+    a text (Florence, section 2.2); which images meet in a group, and the order of the groups, change with the
     epoch. A text whose pairs do not divide evenly has one smaller group.
 
     Args:
@@ -46,7 +46,7 @@ def epoch_order(seed: int, epoch: int, size: int, text_ids: np.ndarray | None = 
         epoch: which pass over the data, from 0.
         size: number of pairs, N.
         text_ids: int64 (N,), equal for equal texts; needed with ``per_text`` > 1.
-        per_text: pictures of a text that come one after another.
+        per_text: images of a text that come one after another.
 
     Returns:
         int64 (N,), a permutation of 0 .. N-1.

@@ -3,7 +3,7 @@
 Members of one key are one pair: ``KEY.webp`` (png, jpg, jpeg) with ``KEY.txt``, or with ``KEY.json`` that holds
 ``text`` (or ``caption``) and may hold ``short_name`` and ``keywords``. The key is the name up to its last dot, so it
 may hold dots itself. Anything else, pickles above all, is never read, and is counted in the log. A plain tar is read
-in place; a ``.tar.gz`` has no places to jump to: the pictures and texts in it are unpacked into memory.
+in place; a ``.tar.gz`` has no places to jump to: the images and texts in it are unpacked into memory.
 """
 
 import itertools
@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from florence_fast.data.images import MAX_PIXELS, open_image
 from florence_fast.data.left_out import LeftOut
 from florence_fast.data.pairs import PairSource, PairText, pair_text
-from florence_fast.data.pictures import MAX_PIXELS, open_picture
 from florence_fast.data.tar_index import DamagedTar, GzipFile, PlainFile, read_members
 from florence_fast.printable import printable
 from florence_fast.strict_json import parse_json
@@ -26,11 +26,11 @@ from florence_fast.text_files import decode_text
 
 logger = logging.getLogger(__name__)
 
-PICTURES = ("webp", "png", "jpg", "jpeg")
+IMAGES = ("webp", "png", "jpg", "jpeg")
 TEXTS = ("txt", "json")
 # Larger members are unreadable.
-MAX_BYTES = {**dict.fromkeys(PICTURES, 1 << 29), **dict.fromkeys(TEXTS, 1 << 24)}
-# A gzipped shard may unpack to this much, and to this many times its size: pictures hardly shrink.
+MAX_BYTES = {**dict.fromkeys(IMAGES, 1 << 29), **dict.fromkeys(TEXTS, 1 << 24)}
+# A gzipped shard may unpack to this much, and to this many times its size: images hardly shrink.
 UNPACKED_AT_LEAST, UNPACKED_RATIO = 1 << 28, 20
 MAX_SHARDS = 1_000_000
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -82,10 +82,10 @@ class TarPairs(PairSource):
 
     Args:
         paths: the shards.
-        max_pixels: pictures larger than this are unreadable.
+        max_pixels: images larger than this are unreadable.
 
     Raises:
-        ValueError: a shard is no tar, holds no picture or no text, or is gzipped and unpacks to more than 256 MiB and
+        ValueError: a shard is no tar, holds no image or no text, or is gzipped and unpacks to more than 256 MiB and
             20 times its size.
     """
 
@@ -116,11 +116,11 @@ class TarPairs(PairSource):
         )
 
     def image(self, index: int) -> Image.Image:
-        """Picture of sample ``index``."""
-        for suffix in PICTURES:
+        """Image of sample ``index``."""
+        for suffix in IMAGES:
             if suffix in self.samples[index].members:
-                return open_picture(self._read(index, suffix), self.max_pixels)
-        raise ValueError(f"it has no picture; known are {', '.join(PICTURES)}")
+                return open_image(self._read(index, suffix), self.max_pixels)
+        raise ValueError(f"it has no image; known are {', '.join(IMAGES)}")
 
     def describe(self, index: int) -> str:
         """Shard and key of sample ``index``."""
@@ -158,7 +158,7 @@ class TarPairs(PairSource):
             samples, fault = self._read_index(shard, file, left_out)
         finally:
             file.close()
-        for kinds, what in ((PICTURES, "picture"), (TEXTS, "text")):
+        for kinds, what in ((IMAGES, "image"), (TEXTS, "text")):
             if not any(kind in sample.members for sample in samples.values() for kind in kinds):
                 raise ValueError(f"{path} holds no {what}: wanted members KEY.{', KEY.'.join(kinds)}")
         for key in [key for key, sample in samples.items() if _belongs_to_another(key, sample, samples)]:
@@ -207,7 +207,7 @@ class TarPairs(PairSource):
 
 def _belongs_to_another(key: str, sample: Sample, samples: dict[str, Sample]) -> bool:
     """Whether a key with dots is no pair but something more about another: ``x.mask.png`` beside x.png and x.txt."""
-    if any(kind in sample.members for kind in PICTURES) and any(kind in sample.members for kind in TEXTS):
+    if any(kind in sample.members for kind in IMAGES) and any(kind in sample.members for kind in TEXTS):
         return False
     folder, slash, base = key.rpartition("/")
     parts = base.split(".")

@@ -10,8 +10,8 @@ from typing import TextIO
 from PIL import Image
 
 from florence_fast.data.csv_records import read_records, split_header, split_line
+from florence_fast.data.images import open_image
 from florence_fast.data.pairs import PairSource, PairText, clean_text, pair_text
-from florence_fast.data.pictures import open_picture
 from florence_fast.errors import did_you_mean, require
 from florence_fast.printable import printable
 from florence_fast.strict_json import BYTE_ORDER_MARK, parse_json
@@ -27,7 +27,7 @@ class Row:
     """One record of a table: a pair, or the reason why it is none."""
 
     number: int
-    picture: str = ""
+    image: str = ""
     text: PairText | None = None
     fault: str = ""
 
@@ -45,7 +45,7 @@ class TablePairs(PairSource):
 
     @classmethod
     def read(cls, path: Path, img_key: str, caption_key: str, separator: str | None, max_pixels: int) -> "TablePairs":
-        """Read the whole table; its pictures are opened when they are asked for.
+        """Read the whole table; its images are opened when they are asked for.
 
         Rows that are no pairs, and quote marks that had to be read as plain characters, are counted in the log.
 
@@ -87,22 +87,22 @@ class TablePairs(PairSource):
         return row.text
 
     def image(self, index: int) -> Image.Image:
-        """Picture of row ``index``: relative to the table's folder or, failing that, to the working folder."""
+        """Image of row ``index``: relative to the table's folder or, failing that, to the working folder."""
         row = self.rows[index]
         if row.text is None:
             raise ValueError(row.fault)
         for folder in (self.path.parent, Path()):
-            if (folder / row.picture).exists():
-                return open_picture(folder / row.picture, self.max_pixels)
+            if (folder / row.image).exists():
+                return open_image(folder / row.image, self.max_pixels)
         raise FileNotFoundError(
-            f"there is no {printable(row.picture)}, neither in the table's folder {printable(self.path.parent)} nor in "
+            f"there is no {printable(row.image)}, neither in the table's folder {printable(self.path.parent)} nor in "
             f"the working folder {printable(Path.cwd())}"
         )
 
     def describe(self, index: int) -> str:
-        """Table, line and picture."""
+        """Table, line and image."""
         row = self.rows[index]
-        return printable(f"{self.path}:{row.number}" + (f" ({row.picture})" if row.picture else ""))
+        return printable(f"{self.path}:{row.number}" + (f" ({row.image})" if row.image else ""))
 
 
 def _refuse_utf_16(path: Path) -> None:
@@ -124,14 +124,14 @@ def _filled(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _row(number: int, picture: object, text: object, short_name: object = None, keywords: object = None) -> Row:
+def _row(number: int, image: object, text: object, short_name: object = None, keywords: object = None) -> Row:
     """Check the fields of one pair."""
     try:
-        path = clean_text(picture, "path of a picture")
+        path = clean_text(image, "path of an image")
         words = pair_text(text, short_name, keywords)
     except ValueError as error:
         return Row(number, fault=str(error))
-    for name, value in (("path of a picture", path), ("text", words.text)):
+    for name, value in (("path of an image", path), ("text", words.text)):
         if "\ufffd" in value:
             return Row(number, fault=f"the {name} is not UTF-8")
     return Row(number, path, words)
@@ -144,9 +144,9 @@ def _json_row(number: int, line: str, img_key: str, caption_key: str) -> Row:
         return Row(number, fault=str(error))
     if not isinstance(record, dict):
         return Row(number, fault=f"not a JSON object but {type(record).__name__}")
-    picture = record.get(img_key, record.get("image"))
+    image = record.get(img_key, record.get("image"))
     text = record.get(caption_key, record.get("text"))
-    return _row(number, picture, text, record.get("short_name"), record.get("keywords"))
+    return _row(number, image, text, record.get("short_name"), record.get("keywords"))
 
 
 def _csv_rows(path: Path, lines: Iterator[str], img_key: str, caption_key: str, separator: str | None) -> Iterator[Row]:
@@ -157,16 +157,16 @@ def _csv_rows(path: Path, lines: Iterator[str], img_key: str, caption_key: str, 
     else:
         columns = split_line(header, separator)
     where = f"its header, split at {separator!r},"
-    picture = _column(path, columns, where, img_key, "image")
+    image = _column(path, columns, where, img_key, "image")
     text = _column(path, columns, where, caption_key, "text")
     limit, stray = csv.field_size_limit(), []
-    for number, fields, is_stray in read_records(lines, separator, len(columns), picture):
+    for number, fields, is_stray in read_records(lines, separator, len(columns), image):
         if is_stray:
             stray.append(number)
         if max(map(len, fields)) > limit:
             yield Row(number, fault=f"field larger than field limit ({limit})")
         elif len(fields) == len(columns):
-            yield _row(number, fields[picture], fields[text])
+            yield _row(number, fields[image], fields[text])
         else:
             hint = ", and a quote mark without its partner" if is_stray else ""
             yield Row(number, fault=f"{len(fields)} fields where the header has {len(columns)}{hint}")
@@ -179,7 +179,7 @@ def _csv_rows(path: Path, lines: Iterator[str], img_key: str, caption_key: str, 
 
 
 def _parquet_rows(path: Path, img_key: str, caption_key: str) -> Iterator[Row]:
-    """Rows of a Parquet file whose pictures are paths; only the columns that are needed are read."""
+    """Rows of a Parquet file whose images are paths; only the columns that are needed are read."""
     require("pyarrow", "parquet")
     import pyarrow
     import pyarrow.parquet
@@ -187,19 +187,19 @@ def _parquet_rows(path: Path, img_key: str, caption_key: str) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            picture = columns[_column(path, columns, "it", img_key, "image")]
+            image = columns[_column(path, columns, "it", img_key, "image")]
             text = columns[_column(path, columns, "it", caption_key, "text")]
-            found = str(file.schema_arrow.field(picture).type)
+            found = str(file.schema_arrow.field(image).type)
             if "string" not in found.partition("indices")[0]:
                 raise ValueError(
-                    f"column {picture!r} of {path} must hold paths of pictures, got {found[:80]}; pictures inside a "
+                    f"column {image!r} of {path} must hold paths of images, got {found[:80]}; images inside a "
                     "Parquet file are not read: write them to files or to WebDataset tars"
                 )
             more = [name for name in ("short_name", "keywords") if name in columns]
             number = 1
-            for batch in file.iter_batches(columns=[picture, text, *more]):
+            for batch in file.iter_batches(columns=[image, text, *more]):
                 for row in batch.to_pylist():
-                    yield _row(number, row[picture], row[text], row.get("short_name"), row.get("keywords"))
+                    yield _row(number, row[image], row[text], row.get("short_name"), row.get("keywords"))
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable Parquet file: {error}") from error

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from florence_fast.data._threads import one_thread_after_fork
-from florence_fast.data.pictures import open_picture, to_rgb
+from florence_fast.data.images import open_image, to_rgb
 from florence_fast.data.resizing import INTERPOLATIONS, RESIZE_MODES, fit, resize
 from florence_fast.errors import unknown
 
@@ -62,7 +62,7 @@ def random_crop_box(
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """A picture in, a normalised float tensor (3, H, W) out; see `image_transform`."""
+    """An image in, a normalised float tensor (3, H, W) out; see `image_transform`."""
 
     size: tuple[int, int]
     is_train: bool
@@ -111,11 +111,11 @@ def image_transform(
 
     Args:
         image_size: side of the result, or (height, width), in pixels.
-        is_train: a random crop in place of the whole picture.
+        is_train: a random crop in place of the whole image.
         mean, std: per channel, in [0, 1]; CLIP's by default.
         resize_mode: for evaluation: "shortest" (cut the middle out), "longest" (show all of it), "squash".
         interpolation: "bicubic" or "bilinear".
-        fill_color: grey level 0..255 around a picture with "longest".
+        fill_color: grey level 0..255 around an image with "longest".
         aug_cfg: of the random crop: ``scale`` (shares of the area) and ``ratio`` (width over height).
 
     Returns:
@@ -152,7 +152,7 @@ def image_transform(
 def _rgb_of(image: Image.Image | str | os.PathLike[str]) -> Image.Image:
     """Check what was given to a transform, and open or convert it."""
     if isinstance(image, str | os.PathLike):
-        return open_picture(image)
+        return open_image(image)
     if isinstance(image, Image.Image):
         return to_rgb(image)
     got = type(image).__name__

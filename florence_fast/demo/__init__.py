@@ -1,4 +1,4 @@
-"""The demo: learn words from pictures by six artists, then read a seventh, never seen.
+"""The demo: learn words from images by six artists, then read a seventh, never seen.
 
 ``run`` shows what the shipped weights do, trains ``florence_nano`` from nothing with the same engine as
 ``florence-fast train``, measures it on the held-out artist and writes a folder that explains itself.
@@ -65,7 +65,7 @@ def run(
         pretrained: weights to go on from, with a shorter recipe; None trains from nothing.
         minutes: take as many steps as fit, by the speed of this machine; None takes the recipe's own number.
         steps: train this many steps only: a rehearsal of the whole path, whose figures mean nothing.
-        loss: "unicl", or "clip" for the comparison in which only a picture's own text is right.
+        loss: "unicl", or "clip" for the comparison in which only an image's own text is right.
         resume: go on with the run in ``out``, by its ``plan.json``; without it an earlier run there is an error.
         seed: of the weights, the data order and the augmentation.
         device: where the network is trained and asked.
@@ -175,13 +175,13 @@ def read_baseline() -> dict[str, Any] | None:
 def print_summary(results: dict[str, Any], out: Path) -> None:
     """Print the figures that matter and where to look next."""
     found, recalls = results["zero_shot"], results["retrieval"]
-    table = Table(title=f"an artist never seen: {found['images']} pictures against {found['classes']} names")
+    table = Table(title=f"an artist never seen: {found['images']} images against {found['classes']} names")
     for column in ("", "first", "among 5", "among 10"):
         table.add_column(column, justify="left" if not column else "right")
     rows = {
-        "name of the picture": [found[key] for key in ("top1", "top5", "top10")],
-        "picture to text": recalls["image_to_text"].values(),
-        "text to picture": recalls["text_to_image"].values(),
+        "name of the image": [found[key] for key in ("top1", "top5", "top10")],
+        "image to text": recalls["image_to_text"].values(),
+        "text to image": recalls["text_to_image"].values(),
     }
     for name, shares in rows.items():
         table.add_row(name, *(f"{share:.1%}" for share in shares))

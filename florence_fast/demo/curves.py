@@ -1,4 +1,4 @@
-"""The run as a picture: loss, and accuracy on the unseen artist, against seconds of training."""
+"""The run as a chart: loss, and accuracy on the unseen artist, against seconds of training."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -41,7 +41,7 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]]) -> None:
                 xycoords=("data", "axes fraction"),
                 va="top",
             )
-    right.set(title="right name of an unseen artist's picture, %", xlabel="seconds of training", xlim=(0, None))
+    right.set(title="right name of an unseen artist's image, %", xlabel="seconds of training", xlim=(0, None))
     right.set_ylim(0, None)
     right.legend(loc="lower right", frameon=False)
     for axes in (left, right):

@@ -95,8 +95,8 @@ GROUNDS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def forty_pictures() -> PairSource:
-    """Forty pictures of the unseen artist with different names, evenly spread over all."""
+def forty_images() -> PairSource:
+    """Forty images of the unseen artist with different names, evenly spread over all."""
     test = artists_test()
     return Subset(test, [len(test) * i // NAMES for i in range(NAMES)])
 
@@ -113,7 +113,7 @@ def on_grounds(
     Returns:
         Shares of 40 images: "white", one for each ground, and "mean", that of the grounds without white.
     """
-    test = forty_pictures()
+    test = forty_images()
     names = [test.texts(index).text for index in range(len(test))]
     sources = {"white": test, **{ground: OnGround(test, ground) for ground in GROUNDS}}
     shares = {

@@ -14,11 +14,11 @@ LOG_EVERY = 10  # steps between two lines with the loss
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named schedule of the paper's kind: first augmented texts, then plain ones; first small pictures, then large.
+    """A named schedule of the paper's kind: first augmented texts, then plain ones; first small images, then large.
 
     ``keyword_prob`` is the share of augmented texts that are one of Unicode's keywords or its short name, and
-    ``augmentation`` the strength of the changes to the pictures. The longer the run, the more of both it can use.
-    ``grounds`` is the share of pictures that get another ground than white. A run from trained weights ends with an
+    ``augmentation`` the strength of the changes to the images. The longer the run, the more of both it can use.
+    ``grounds`` is the share of images that get another ground than white. A run from trained weights ends with an
     average of its weights and of those (WiSE-FT, arXiv 2109.01903); ``keep`` is their share.
     """
 
@@ -63,7 +63,7 @@ def evaluation_interval(steps: int) -> int:
     return LOG_EVERY * math.ceil(steps / EVALUATIONS / LOG_EVERY)
 
 
-# At 32 px a step costs less than half of one at 64 px. The cosine has fallen by the time the pictures grow; from there
+# At 32 px a step costs less than half of one at 64 px. The cosine has fallen by the time the images grow; from there
 # on it starts higher again, since the filters have to get used to shapes of twice the size.
 QUICK = Recipe(
     "quick",

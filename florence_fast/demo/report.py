@@ -1,4 +1,4 @@
-"""``report.html``: one file with its pictures inside, for someone who was not there."""
+"""``report.html``: one file with its images inside, for someone who was not there."""
 
 import base64
 import html
@@ -26,31 +26,31 @@ PAGE = """<!doctype html>
   footer {{ color: var(--soft); font-size: .85rem; margin-top: 3rem; overflow-wrap: anywhere; }}
 </style>
 <h1>Words learnt from six artists, read off a seventh</h1>
-<p class="big">{model} ({parameters:.1f} M parameters) saw {images_seen:,} pictures in {seconds:.0f} seconds of training
-({images_per_second:.0f} a second) and names <b>{top1:.1%}</b> of an unseen artist's {images:,} pictures at once, out of
+<p class="big">{model} ({parameters:.1f} M parameters) saw {images_seen:,} images in {seconds:.0f} seconds of training
+({images_per_second:.0f} a second) and names <b>{top1:.1%}</b> of an unseen artist's {images:,} images at once, out of
 {classes:,} names; the right name is among the first five for <b>{top5:.1%}</b>. Guessing would get {chance:.2%}.</p>
 <div class="wide"><table>
 <tr><th></th><th>first</th><th>among 5</th><th>among 10</th></tr>
 {rows}
 </table></div>
-<p>Of 40 names, the right one comes first for <b>{white:.0%}</b> of the pictures on white and for <b>{others:.0%}</b> on
+<p>Of 40 names, the right one comes first for <b>{white:.0%}</b> of the images on white and for <b>{others:.0%}</b> on
 {kinds} that training does not draw. The weights that the package ships reach
 {shipped_top1:.1%} of all names on white, and of 40 names {shipped_white:.0%} on white and {shipped_others:.0%} on those
 grounds.</p>
 {baseline}
 <h2>How it went</h2>
 <img alt="loss and accuracy against seconds" src="{curves}">
-<h2>Words find pictures</h2>
+<h2>Words find images</h2>
 <p>Above, two things as each of the six artists of training draws them, and as the seventh does. Below, the first eight
 of all {images:,} images, down to the last right one. <span class="green">✓</span>: the words are the image's name or
 one of its keywords in Unicode's list; <span class="red">✗</span>: they are not.</p>
-<img alt="queries and the pictures found" src="{queries}">
-<h2>Pictures are read</h2>
-<p>Pictures chosen at random, each with the five nearest of {classes:,} names, the true one in bold. Names of one thing
+<img alt="queries and the images found" src="{queries}">
+<h2>Images are read</h2>
+<p>Images chosen at random, each with the five nearest of {classes:,} names, the true one in bold. Names of one thing
 differ between artists, so a neighbour is often right in spirit.</p>
-<img alt="pictures and their nearest names" src="{readings}">
+<img alt="images and their nearest names" src="{readings}">
 <footer>{command} · commit {commit} · florence_fast {version} · torch {torch}, {threads} threads, {device} · {date} ·
-pictures: Twemoji, CC BY 4.0; names and keywords: Unicode CLDR.</footer>
+images: Twemoji, CC BY 4.0; names and keywords: Unicode CLDR.</footer>
 </html>
 """
 
@@ -76,7 +76,7 @@ def write_report(path: Path, results: dict[str, Any], folder: Path) -> None:
         shipped_others=shipped["grounds"]["mean"],
         rows=table_rows(results, "UniCL" if results["loss"] == "unicl" else "CLIP"),
         baseline=baseline_note(baseline),
-        **{name: picture_uri(folder / f"{name}.png") for name in ("curves", "queries", "readings")},
+        **{name: image_uri(folder / f"{name}.png") for name in ("curves", "queries", "readings")},
         command=html.escape(results["command"]),
         commit=results["commit"] or "unknown",
         version=results["version"],
@@ -111,13 +111,13 @@ def baseline_note(baseline: dict[str, Any] | None) -> str:
         return "<p>The recorded run with CLIP's loss lies in the repository and is not part of this installation.</p>"
     found = baseline["zero_shot"]
     return (
-        f"<p>For comparison, CLIP's loss (only a picture's own text is right), recorded with recipe "
+        f"<p>For comparison, CLIP's loss (only an image's own text is right), recorded with recipe "
         f"{html.escape(baseline['recipe'])} at commit {html.escape(str(baseline['commit']))}: "
         f"top-1 {found['top1']:.1%}, top-5 {found['top5']:.1%} of {found['classes']:,} names after "
         f"{baseline['steps']} steps.</p>"
     )
 
 
-def picture_uri(path: Path) -> str:
+def image_uri(path: Path) -> str:
     """A PNG file as an address that an ``<img>`` can hold."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

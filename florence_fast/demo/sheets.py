@@ -1,4 +1,4 @@
-"""Two sheets of the unseen artist's pictures: what words find, and what pictures are read as."""
+"""Two sheets of the unseen artist's images: what words find, and what images are read as."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +17,11 @@ from florence_fast.models.florence import Florence
 
 Tokenizer = Callable[[list[str]], Tensor]
 
-# Keywords of many pictures each: Unicode's lists say which pictures are right.
+# Keywords of many images each: Unicode's lists say which images are right.
 QUERIES = ("heart", "clock", "boat", "moon", "flower", "arrow", "insect", "hand", "animal", "shoe")
 FOUND_A_QUERY = 8
 DRAWN_BY_ALL = ("penguin", "rocket")  # shown as each artist draws them
-READINGS = (4, 5)  # rows and columns of pictures that are read
+READINGS = (4, 5)  # rows and columns of images that are read
 RIGHT, WRONG, INK, GREY = (
     "#0f766e",
     "#c2410c",
@@ -95,7 +95,7 @@ def label(axes: Axes, words: str, below: str) -> None:
 def draw_readings(
     path: Path, model: Florence, tokenizer: Any, encoded: EncodedImages, names: list[str], seed: int = 0
 ) -> None:
-    """Draw pictures of the unseen artist, chosen at random, with the five names that the model finds nearest."""
+    """Draw images of the unseen artist, chosen at random, with the five names that the model finds nearest."""
     test = artists_test()
     rows, columns = READINGS
     chosen = np.random.default_rng(seed).choice(len(encoded.indices), rows * columns, replace=False)
@@ -118,7 +118,7 @@ def draw_readings(
 
 
 def describes(query: str, texts: PairText) -> bool:
-    """Say whether ``query`` is the name, the short name or a keyword of a picture."""
+    """Say whether ``query`` is the name, the short name or a keyword of an image."""
     return text_label(query) in {text_label(t) for t in (texts.text, texts.short_name or texts.text, *texts.keywords)}
 
 

@@ -1,4 +1,4 @@
-"""A contact sheet: one HTML file, with its pictures inside, that shows what a search found."""
+"""A contact sheet: one HTML file, with its images inside, that shows what a search found."""
 
 import base64
 import html
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from florence_fast.data.pictures import open_picture
+from florence_fast.data.images import open_image
 from florence_fast.evaluate.search import Hit
 from florence_fast.printable import printable
 
@@ -34,7 +34,7 @@ PAGE = """<!doctype html>
 """
 
 SEARCH = """<h1>{title}</h1>
-<p>{count} pictures, best first; the number is the cosine between the picture and the words.</p>
+<p>{count} images, best first; the number is the cosine between the image and the words.</p>
 <main style="display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1rem">
 {figures}
 </main>"""
@@ -76,13 +76,13 @@ def _escaped(text: object) -> str:
 def _thumbnail(path: Path) -> str:
     """The image as an address, or an empty one for an image that has gone since it was encoded."""
     try:
-        return thumbnail_uri(open_picture(path))
+        return thumbnail_uri(open_image(path))
     except (OSError, ValueError):
         return "data:,"
 
 
 def thumbnail_uri(image: Image.Image, size: int = THUMBNAIL) -> str:
-    """Return a picture of at most ``size`` pixels a side as a ``data:`` address that an ``<img>`` can hold."""
+    """Return an image of at most ``size`` pixels a side as a ``data:`` address that an ``<img>`` can hold."""
     small = image.copy()
     small.thumbnail((size, size))
     buffer = io.BytesIO()

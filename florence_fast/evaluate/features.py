@@ -1,4 +1,4 @@
-"""Features of many pictures or texts: batches, the right device and precision, broken pictures named and left out."""
+"""Features of many images or texts: batches, the right device and precision, broken images named and left out."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,8 +26,8 @@ Item = TypeVar("Item")
 ImageTransform = Callable[[Image.Image], Tensor]
 
 
-class Pictures(Protocol):
-    """Whatever holds pictures by number: a ``PairSource``, or a plain folder."""
+class Images(Protocol):
+    """Whatever holds images by number: a ``PairSource``, or a plain folder."""
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Image.Image: ...
@@ -35,17 +35,17 @@ class Pictures(Protocol):
 
 
 class EncodedImages(NamedTuple):
-    """Features of the pictures that could be read, and which those are."""
+    """Features of the images that could be read, and which those are."""
 
     features: Tensor
     """(N, D) fp32 on the CPU, each of length 1."""
     indices: list[int]
-    """The number of each row's picture in its source; a broken picture is missing here."""
+    """The number of each row's image in its source; a broken image is missing here."""
 
 
 def encode_images(
     model: Florence,
-    pictures: Pictures,
+    images: Images,
     transform: ImageTransform | None = None,
     *,
     batch_size: int = 256,
@@ -53,28 +53,28 @@ def encode_images(
     max_bad_share: float = 0.01,
     progress: bool = False,
 ) -> EncodedImages:
-    """Encode every picture of a source with the image tower.
+    """Encode every image of a source with the image tower.
 
-    A picture that cannot be read is named in the log and left out.
+    An image that cannot be read is named in the log and left out.
 
     Args:
         model: A dual encoder with ``encode_image``; its parameters say device and dtype.
-        pictures: The source.
-        transform: From a PIL picture to a (3, H, W) tensor; by default the model's own evaluation transform.
-        batch_size: Pictures in one forward pass.
+        images: The source.
+        transform: From a PIL image to a (3, H, W) tensor; by default the model's own evaluation transform.
+        batch_size: Images in one forward pass.
         precision: A word of ``florence_fast.precision``; "auto" is bf16 autocast where the device is fast at it.
-        max_bad_share: Share of unreadable pictures, 0 to 1, above which the call fails.
+        max_bad_share: Share of unreadable images, 0 to 1, above which the call fails.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: There is no picture.
-        BadDataError: More than ``max_bad_share`` of the pictures cannot be read, or none can.
+        ValueError: There is no image.
+        BadDataError: More than ``max_bad_share`` of the images cannot be read, or none can.
     """
-    if len(pictures) == 0:
-        raise ValueError("there must be at least one picture to encode, got an empty source")
+    if len(images) == 0:
+        raise ValueError("there must be at least one image to encode, got an empty source")
     transform = transform or evaluation_transform(model)
-    images = readable(pictures, lambda index: transform(pictures.image(index)), max_bad_share)
-    bar = tqdm(images, desc="pictures", unit="img", total=len(pictures), disable=not progress)
+    tensors = readable(images, lambda index: transform(images.image(index)), max_bad_share)
+    bar = tqdm(tensors, desc="images", unit="img", total=len(images), disable=not progress)
     indices, features = [], []
     with evaluating(model, precision):
         for batch in in_batches(bar, batch_size):
@@ -82,7 +82,7 @@ def encode_images(
             images_BCHW = torch.stack([image for _, image in batch]).to(device_of(model), input_dtype(model))
             features.append(_normalized(model.encode_image(images_BCHW)))
     if not features:
-        raise BadDataError(f"none of {len(pictures)} pictures can be read; first: {pictures.describe(0)}")
+        raise BadDataError(f"none of {len(images)} images can be read; first: {images.describe(0)}")
     return EncodedImages(torch.cat(features), indices)
 
 
@@ -147,7 +147,7 @@ def evaluating(model: nn.Module, precision: str = "auto") -> Iterator[None]:
         model.train(was_training)
 
 
-def readable(source: Pictures, read: Callable[[int], Item], max_bad_share: float) -> Iterator[tuple[int, Item]]:
+def readable(source: Images, read: Callable[[int], Item], max_bad_share: float) -> Iterator[tuple[int, Item]]:
     """Yield (number, what was read) of each pair that can be read; name the others and stop when they are too many."""
     broken = []
     for index in range(len(source)):
@@ -158,7 +158,7 @@ def readable(source: Pictures, read: Callable[[int], Item], max_bad_share: float
             log.warning("skipped %s: %s", broken[-1], printable(error))
             if len(broken) == index + 1 == JUDGED_AFTER and max_bad_share < 1:
                 raise BadDataError(
-                    f"none of the first {len(broken)} of {len(source)} pairs can be read; are the pictures where the "
+                    f"none of the first {len(broken)} of {len(source)} pairs can be read; are the images where the "
                     f"data says? {broken[-1]}: {printable(error)}"
                 ) from error
             if len(broken) > max_bad_share * len(source):

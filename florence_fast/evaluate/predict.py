@@ -1,4 +1,4 @@
-"""Which of some texts describes a picture, as probabilities."""
+"""Which of some texts describes an image, as probabilities."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,16 +25,16 @@ def probabilities(
     transform: ImageTransform | None = None,
     precision: str = "auto",
 ) -> list[float]:
-    """Return the probability of each text, given that exactly one of them describes the picture.
+    """Return the probability of each text, given that exactly one of them describes the image.
 
-    p = softmax over texts k of s u.v_k, with u the picture's feature, v_k the texts', s the learned scale.
+    p = softmax over texts k of s u.v_k, with u the image's feature, v_k the texts', s the learned scale.
 
     Args:
         model: A dual encoder.
         tokenizer: From texts to tokens.
-        image: An RGB picture.
+        image: An RGB image.
         texts: The choices, at least one.
-        transform: From a PIL picture to a tensor; by default the model's own evaluation transform.
+        transform: From a PIL image to a tensor; by default the model's own evaluation transform.
         precision: A word of ``florence_fast.precision``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Image-text retrieval in both directions, where a picture may have several right texts and a text several pictures."""
+"""Image-text retrieval in both directions, where an image may have several right texts and a text several images."""
 
 import hashlib
 from collections.abc import Callable
@@ -27,26 +27,26 @@ def retrieval(
     source: PairSource,
     *,
     template: str = "{}",
-    merge_equal_pictures: bool = True,
+    merge_equal_images: bool = True,
     transform: ImageTransform | None = None,
     batch_size: int = 256,
     precision: str = "auto",
     progress: bool = False,
 ) -> dict[str, dict[str, float] | int]:
-    """Measure recall at 1, 5 and 10 from pictures to texts and from texts to pictures.
+    """Measure recall at 1, 5 and 10 from images to texts and from texts to images.
 
-    The pool is every picture and every distinct text of ``source``. Equal texts (as training labels compare
-    them) are one text with several right pictures; equal pixels are one picture with several right texts, as
-    in COCO's five captions a picture. A query is answered at k when any right answer is among the first k.
+    The pool is every image and every distinct text of ``source``. Equal texts (as training labels compare
+    them) are one text with several right images; equal pixels are one image with several right texts, as
+    in COCO's five captions an image. A query is answered at k when any right answer is among the first k.
 
     Args:
         model: A dual encoder.
         tokenizer: From texts to tokens.
-        source: Pictures with their texts.
+        source: Images with their texts.
         template: What is asked for a text; ``{}`` stands for it.
-        merge_equal_pictures: Whether rows with the same pixels are one picture, or each row is its own.
-        transform: From a PIL picture to a tensor; by default the model's own evaluation transform.
-        batch_size: Pictures or texts in one forward pass.
+        merge_equal_images: Whether rows with the same pixels are one image, or each row is its own.
+        transform: From a PIL image to a tensor; by default the model's own evaluation transform.
+        batch_size: Images or texts in one forward pass.
         precision: A word of ``florence_fast.precision``.
         progress: Show progress bars.
 
@@ -55,19 +55,19 @@ def retrieval(
 
     Raises:
         ValueError: The source is empty.
-        BadDataError: More than a hundredth of the pictures or texts cannot be read.
+        BadDataError: More than a hundredth of the images or texts cannot be read.
     """
     source, texts = with_texts(source)
     same_pixels = _PixelIdentity(transform or evaluation_transform(model))
     encoded = encode_images(model, source, same_pixels, batch_size=batch_size, precision=precision, progress=progress)
     texts = [texts[index] for index in encoded.indices]
-    picture_of_row, first_rows = _number_distinct(same_pixels.digests if merge_equal_pictures else encoded.indices)
+    image_of_row, first_rows = _number_distinct(same_pixels.digests if merge_equal_images else encoded.indices)
     text_of_row, first_texts = _number_distinct([text_label(text) for text in texts])
 
     images_ND = encoded.features[first_rows]
     asked = [fill(template, texts[row]) for row in first_texts]
     texts_MD = encode_texts(model, tokenizer, asked, batch_size=batch_size, precision=precision, progress=progress)
-    right = torch.tensor(sorted(set(zip(picture_of_row, text_of_row, strict=True))), device="cpu")
+    right = torch.tensor(sorted(set(zip(image_of_row, text_of_row, strict=True))), device="cpu")
     return {
         "image_to_text": recalls(ranks(images_ND, texts_MD, right)),
         "text_to_image": recalls(ranks(texts_MD, images_ND, right.flip(1))),
@@ -77,7 +77,7 @@ def retrieval(
 
 
 class _PixelIdentity:
-    """A transform that remembers a digest of every picture that it let through, to tell equal ones."""
+    """A transform that remembers a digest of every image that it let through, to tell equal ones."""
 
     def __init__(self, transform: ImageTransform) -> None:
         self.transform = transform

@@ -1,4 +1,4 @@
-"""Search in a folder of pictures by words: encode the pictures once, rank them by any text."""
+"""Search in a folder of images by words: encode the images once, rank them by any text."""
 
 import logging
 import os
@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from florence_fast.data.folder_walk import files_below
+from florence_fast.data.images import SUFFIXES, open_image
 from florence_fast.data.left_out import LeftOut
 from florence_fast.data.loader import BadDataError
 from florence_fast.data.pairs import PairSource, Subset
-from florence_fast.data.pictures import SUFFIXES, open_picture
 from florence_fast.evaluate import feature_file
 from florence_fast.evaluate.features import ImageTransform, encode_images, encode_texts
 from florence_fast.models.florence import Florence
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Hit(NamedTuple):
-    """One answer of a search: the picture and its cosine with the query, from -1 to 1."""
+    """One answer of a search: the image and its cosine with the query, from -1 to 1."""
 
     path: Path
     score: float
@@ -44,13 +44,13 @@ class Hits(list[Hit]):
         return figures(self.query, self)
 
 
-class PictureFolder:
-    """The pictures below a folder, in the order of their paths; links are followed, hidden files are left out.
+class ImageFolder:
+    """The images below a folder, in the order of their paths; links are followed, hidden files are left out.
 
     Raises:
         FileNotFoundError: The folder does not exist.
         NotADirectoryError: It is a file.
-        ValueError: It holds no picture.
+        ValueError: It holds no image.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -58,77 +58,77 @@ class PictureFolder:
         if not self.folder.exists():
             raise FileNotFoundError(f"no such folder: {self.folder}")
         if not self.folder.is_dir():
-            raise NotADirectoryError(f"a folder of pictures was wanted, got a file: {self.folder}")
+            raise NotADirectoryError(f"a folder of images was wanted, got a file: {self.folder}")
         left_out = LeftOut()
         self.paths = [path for path in files_below(self.folder, left_out) if path.suffix.lower() in SUFFIXES]
         if left_out:
             logger.warning("%s: left out: %s", printable(self.folder), left_out)
         if not self.paths:
-            raise ValueError(f"no pictures ({', '.join(sorted(SUFFIXES))}) in {self.folder}")
+            raise ValueError(f"no images ({', '.join(sorted(SUFFIXES))}) in {self.folder}")
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def image(self, index: int) -> Image.Image:
-        """Open picture ``index`` as RGB."""
-        return open_picture(self.paths[index])
+        """Open image ``index`` as RGB."""
+        return open_image(self.paths[index])
 
     def describe(self, index: int) -> str:
-        """Where picture ``index`` lies."""
+        """Where image ``index`` lies."""
         return printable(self.paths[index])
 
 
 @dataclass(frozen=True)
-class PictureIndex:
-    """Pictures that were encoded once and can be asked for any number of times."""
+class ImageIndex:
+    """Images that were encoded once and can be asked for any number of times."""
 
     paths: Sequence[Path]
     features: Tensor
     """(N, D) of length 1, row i belongs to ``paths[i]``."""
 
     def search(self, query_features: Tensor, top: int = 10) -> Hits:
-        """Return the ``top`` pictures nearest to one encoded query of shape (D,), best first, ties by path."""
+        """Return the ``top`` images nearest to one encoded query of shape (D,), best first, ties by path."""
         scores = self.features @ query_features
         order = scores.argsort(descending=True, stable=True)[:top].tolist()
         return Hits(Hit(self.paths[row], scores[row].item()) for row in order)
 
 
-def index_pictures(
+def index_images(
     model: Florence,
-    pictures: PictureFolder | str | os.PathLike[str],
+    images: ImageFolder | str | os.PathLike[str],
     *,
     transform: ImageTransform | None = None,
     batch_size: int = 64,
     precision: str = "auto",
     progress: bool = False,
     file: str | os.PathLike[str] | None = None,
-) -> PictureIndex:
-    """Encode every readable picture of a folder; the others are named in the log.
+) -> ImageIndex:
+    """Encode every readable image of a folder; the others are named in the log.
 
     Args:
         model: A dual encoder.
-        pictures: The folder.
-        transform: From a PIL picture to a tensor; by default the model's own evaluation transform.
-        batch_size: Pictures in one forward pass.
+        images: The folder.
+        transform: From a PIL image to a tensor; by default the model's own evaluation transform.
+        batch_size: Images in one forward pass.
         precision: As in ``encode_images``.
         progress: Show a progress bar.
-        file: Keep the features here, and encode only pictures that are new or whose modification time or size has
+        file: Keep the features here, and encode only images that are new or whose modification time or size has
             changed since. Features of another model, or at another precision, are computed anew.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: As ``PictureFolder``.
+        FileNotFoundError, NotADirectoryError, ValueError: As ``ImageFolder``.
         ValueError: ``file`` is something else than an index, or is given with a ``transform``.
-        BadDataError: No picture can be read.
+        BadDataError: No image can be read.
 
-    >>> index = index_pictures(model, "holiday")
+    >>> index = index_images(model, "holiday")
     >>> search(model, tokenizer, index, "a dog on a beach")[0].path
     """
-    pictures = pictures if isinstance(pictures, PictureFolder) else PictureFolder(pictures)
+    images = images if isinstance(images, ImageFolder) else ImageFolder(images)
     if file is not None and transform is not None:
         raise ValueError("an index in a file is made with the model's own transform: leave out transform or file")
 
     def encode(numbers: list[int]) -> tuple[list[int], Tensor]:
-        part = Subset(cast(PairSource, pictures), numbers)
+        part = Subset(cast(PairSource, images), numbers)
         try:
             found = encode_images(
                 model,
@@ -140,27 +140,27 @@ def index_pictures(
                 progress=progress,
             )
         except BadDataError:
-            if len(part) == len(pictures):
+            if len(part) == len(images):
                 raise
             return [], torch.empty(0)  # those that the file knows are left
         return [numbers[row] for row in found.indices], found.features
 
     if file is None:
-        numbers, features = encode(list(range(len(pictures))))
+        numbers, features = encode(list(range(len(images))))
     else:
-        wanted = feature_file.stamps(pictures.paths, pictures.folder)
+        wanted = feature_file.stamps(images.paths, images.folder)
         key = feature_file.model_digest(model, precision)
         numbers, features = feature_file.with_file(Path(file), key, wanted, encode)
-    return PictureIndex([pictures.paths[number] for number in numbers], features)
+    return ImageIndex([images.paths[number] for number in numbers], features)
 
 
 def search(
     model: Florence,
     tokenizer: Callable[[list[str]], Tensor],
-    index: PictureIndex,
+    index: ImageIndex,
     query: str,
     top: int = 10,
 ) -> Hits:
-    """Rank the pictures of ``index`` by how near they are to the words of ``query``, best first."""
+    """Rank the images of ``index`` by how near they are to the words of ``query``, best first."""
     hits = index.search(encode_texts(model, tokenizer, [query])[0], top)
     return Hits(hits, query)

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a picture belongs to the class whose described name lies nearest (paper, section 3.1)."""
+"""Zero-shot classification: an image belongs to the class whose described name lies nearest (paper, section 3.1)."""
 
 from collections.abc import Callable, Sequence
 
@@ -77,17 +77,17 @@ def zero_shot(
 ) -> dict[str, float | int]:
     """Measure how often the right name is the first, or among the first 5 or 10, of all class names.
 
-    A picture's right class is the one whose name equals its text, capitals and white space aside. Pairs that cannot
+    An image's right class is the one whose name equals its text, capitals and white space aside. Pairs that cannot
     be read are named in the log and left out.
 
     Args:
         model: A dual encoder.
         tokenizer: From texts to tokens.
-        source: Pictures with their names.
-        classnames: K distinct names, all of which compete for every picture.
+        source: Images with their names.
+        classnames: K distinct names, all of which compete for every image.
         templates: See ``build_zero_shot_classifier``.
-        transform: From a PIL picture to a tensor; by default the model's own evaluation transform.
-        batch_size: Pictures in one forward pass.
+        transform: From a PIL image to a tensor; by default the model's own evaluation transform.
+        batch_size: Images in one forward pass.
         precision: Of the image tower, a word of ``florence_fast.precision``.
         progress: Show progress bars.
 
@@ -95,8 +95,8 @@ def zero_shot(
         ``{"top1", "top5", "top10"}`` as fractions, ``"classes"`` and ``"images"`` as counts.
 
     Raises:
-        ValueError: Two class names are equal, or a picture's name is no class.
-        BadDataError: More than a hundredth of the pictures or texts cannot be read.
+        ValueError: Two class names are equal, or an image's name is no class.
+        BadDataError: More than a hundredth of the images or texts cannot be read.
     """
     source, names = with_texts(source)
     targets = class_indices(names, classnames)

@@ -277,7 +277,7 @@ def create_model_and_transforms(
     device: str | torch.device = "cpu",
     **kwargs: Any,
 ) -> tuple[Any, Callable[[Any], Tensor], Callable[[Any], Tensor]]:
-    """Build a model and the two transforms that bring pictures to it.
+    """Build a model and the two transforms that bring images to it.
 
     Returns:
         ``(model, transform for training, transform for evaluation)``; the keywords are `create_model`'s.

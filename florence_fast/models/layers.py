@@ -171,7 +171,7 @@ def init_weights(module: nn.Module) -> None:
 
     Swin cuts its normal numbers off at 2, which no deviation here comes near, and looking for them takes longer than to
     draw them. Its fixed deviation of 0.02 suits widths near a thousand. At 48 it starts so quietly that every text, and
-    every picture, gets the same features, and the contrastive loss stays at log B.
+    every image, gets the same features, and the contrastive loss stays at log B.
     """
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)

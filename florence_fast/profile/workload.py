@@ -1,6 +1,6 @@
 """What is profiled: a forward pass or a contrastive training step of a named model, on random images and texts.
 
-Letters: B pairs of a batch · L context length · S side of the pictures
+Letters: B pairs of a batch · L context length · S side of the images
 """
 
 from collections.abc import Callable
@@ -26,12 +26,12 @@ class Workload:
 
     Args:
         model: name of a dual encoder or of an image tower.
-        batch_size: pictures, and as many texts for a dual encoder, B.
-        image_size: side of the pictures, S; None takes the model's.
+        batch_size: images, and as many texts for a dual encoder, B.
+        image_size: side of the images, S; None takes the model's.
         precision: a word of ``florence_fast.precision``.
         train: forward, loss, backward and AdamW of a contrastive step, in place of a forward pass without a graph.
         micro_batch_size: train through the gradient cache, with so many pairs at a time.
-        seed: of weights, pictures and texts.
+        seed: of weights, images and texts.
     """
 
     model: str

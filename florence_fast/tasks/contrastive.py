@@ -53,7 +53,7 @@ class ContrastiveConfig(Settings):
         gather: how texts travel between processes: all_gather, or ring (less memory).
         micro_batch_size: pairs that are encoded at a time, through the gradient cache; None encodes all at once.
         keyword_prob, template_prob: how often a keyword or a prompt template is drawn, as for `PairLoader`.
-        pictures_per_text: images of one text that come one after another.
+        images_per_text: images of one text that come one after another.
         crop: what a sample shows of its image: shortest (its middle), longest, squash or random_resized. None takes the
             model's ``config.resize_mode``. Any other than random_resized becomes the model's, for its evaluation.
         cache: decode each image once and keep it, where half of the memory holds them all.
@@ -69,7 +69,7 @@ class ContrastiveConfig(Settings):
     micro_batch_size: int | None = count(None)
     keyword_prob: float = number(0.3, "lie in [0, 1]", lambda x: 0 <= x <= 1)
     template_prob: float = number(0.5, "lie in [0, 1]", lambda x: 0 <= x <= 1)
-    pictures_per_text: int = count(1)
+    images_per_text: int = count(1)
     crop: str | None = word(None, CROPS)
     cache: bool = True
     augment: bool = False
@@ -231,7 +231,7 @@ class ContrastiveTask(Task):
             seed=run.seed,
             keyword_prob=config.keyword_prob,
             template_prob=config.template_prob,
-            pictures_per_text=config.pictures_per_text,
+            images_per_text=config.images_per_text,
             cache=config.cache,
             num_workers=run.num_workers,
             worker_timeout=run.worker_timeout,

@@ -15,7 +15,7 @@ import pytest
 
 from bench import aot, budget, stages
 from bench.budget_cases import ALLOWED, CASES, LEFT_OUT, select
-from bench.budget_picture import draw
+from bench.budget_chart import draw
 from bench.budget_rules import broken_rules, rows_of
 from bench.sass import PIPES
 from florence_fast.cli import budget as command
@@ -90,7 +90,7 @@ class TestCompiledKernels:
         assert all(row["case"] in printed for row in checked[1]["rows"])
         assert "not yet" in printed or any(row["measured_clocks"] for row in checked[1]["rows"])
 
-    def test_pictures_are_drawn_small_enough_for_a_readme(self, checked, tmp_path):
+    def test_charts_are_drawn_small_enough_for_a_readme(self, checked, tmp_path):
         paths = draw(checked[1]["rows"], tmp_path)
         names = [f"{name}_{gpu}.png" for gpu in ("a100", "h200") for name in ("budget", "budget_long", "budget_ops")]
         assert [path.name for path in paths] == names

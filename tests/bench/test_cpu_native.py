@@ -70,7 +70,7 @@ def test_a_rehearsal_makes_a_row_for_every_goal(rehearsed):
     assert {row["op"] for row in table.rows} == {op for module in cpu_native.SUBJECTS.values() for op in module.OPS}
     assert all(row["level"] == native.level() and row["threads"] == torch.get_num_threads() for row in table.rows)
     assert all(row["commit"] and row["date"] and row["torch"] and row["sources"] for row in table.rows)
-    assert (rehearsed / "docs" / table.picture).stat().st_size > 10_000
+    assert (rehearsed / "docs" / table.chart).stat().st_size > 10_000
     assert read_devices(rehearsed) == []  # rows of another kind than those of bench.cpu
 
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bench import harness, report, report_pictures
+from bench import harness, report, report_charts
 from bench.anchors import load_anchors
 from bench.machine import Clock
 from bench.ops import contrastive_loss, layer_norm, window_attention
-from bench.report_pictures import draw, picture_names
+from bench.report_charts import chart_names, draw
 from bench.report_rows import Device, exp2_count, figure, floors, groups, read_devices, read_rows, roofline
 from bench.report_tables import Sheet, op_sheet, page_text, reasons, report_text
 from bench.session import Plan, Session
@@ -238,13 +238,13 @@ def test_rows_group_by_size_dtype_and_mode(devices):
     assert found["window_attention", "swin_t_stage1_224", "bf16", "both"].keys() == window_attention.COMPETITORS.keys()
 
 
-def test_every_picture_is_drawn_under_its_name(devices, tmp_path):
+def test_every_chart_is_drawn_under_its_name(devices, tmp_path):
     wanted = {
         H200: ["window_attention", "contrastive_loss", "layer_norm", "inference", "inference_mfu", "roofline", "batch"],
         CPU: ["window_attention", "contrastive_loss", "layer_norm", "batch"],
     }
     for device, slug in zip(devices, ("nvidia_h200", "cpu_avx512"), strict=True):
-        names = picture_names(device, ANCHORS)
+        names = chart_names(device, ANCHORS)
         assert list(names) == [f"{slug}_{name}.png" for name in wanted[device.name]]
         text = report_text(devices, ANCHORS)
         assert all(f"![{title}](../../docs/{name})" in text for name, title in names.items())
@@ -267,8 +267,8 @@ def plt():
 
 
 def drawn(plt, device, name):
-    """The axes of one picture."""
-    _, make = report_pictures._pictures(device, ANCHORS)[name]
+    """The axes of one chart."""
+    _, make = report_charts._charts(device, ANCHORS)[name]
     return make(plt)
 
 
@@ -294,7 +294,7 @@ def test_published_bars_are_hatched_and_named(devices, plt):
     cpu = drawn(plt, devices[1], "cpu_avx512_window_attention.png")
     assert not [bar for axes in cpu.axes for bar in axes.patches if bar.get_hatch()]
     assert not [line for axes in cpu.axes for line in axes.lines], "no roofline in float32"
-    named = [{text.get_text() for text in picture.legends[0].get_texts()} for picture in (whole, cpu)]
+    named = [{text.get_text() for text in chart.legends[0].get_texts()} for chart in (whole, cpu)]
     assert named[0] >= {"roofline", "published by others"} and not named[1] & {"roofline", "published by others"}
 
 
@@ -322,7 +322,7 @@ def test_the_roofline_has_its_lines_and_hollow_points(devices, plt):
     assert hollow[0].get_xdata()[0] == 32
 
 
-def test_the_batch_picture_has_a_line_for_each_competitor(devices, plt):
+def test_the_batch_chart_has_a_line_for_each_competitor(devices, plt):
     time, memory = drawn(plt, devices[0], "nvidia_h200_batch.png").axes
     lines = {line.get_label(): line for line in time.lines}
     assert [(x, round(y, 6)) for x, y in lines["eager, D=512"].get_xydata()] == [(16384, 12)]
@@ -359,7 +359,7 @@ def test_a_machine_for_gpus_needs_neither_matplotlib_nor_rich(folder, monkeypatc
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     assert report.main(["--results", str(folder), "--docs", str(tmp_path / "docs")]) == 0
     shown = capsys.readouterr().out
-    assert "matplotlib is not installed: no pictures" in shown and not (tmp_path / "docs").exists()
+    assert "matplotlib is not installed: no charts" in shown and not (tmp_path / "docs").exists()
     assert "| device | NVIDIA H200 |" in shown
 
 

@@ -65,7 +65,7 @@ def counting(seen):
 
 
 def train(model):
-    """Take a few steps on this rank's pictures; return losses, the first gradients, whole, and the last weights."""
+    """Take a few steps on this rank's images; return losses, the first gradients, whole, and the last weights."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     torch.manual_seed(dist.get_rank())
     image = torch.randn(2, 3, *RAGGED, dtype=torch.float64)

@@ -9,7 +9,7 @@ biases of the network that makes its position biases begin at zero, the kink its
   nothing but the order of sums; that is asked first;
 - in bfloat16 a curve is held to 1e-3 where the model repeats itself so well, and elsewhere to twice the distance from
   float32 of the unaccelerated model's. The head is in float32: a bfloat16 between 1 and 2 is known to 1/128, and with
-  logits of that kind a loss of few pictures shows little else.
+  logits of that kind a loss of few images shows little else.
 """
 
 import copy
@@ -60,14 +60,14 @@ def losses(model, *, accelerated=False, images=16, size=(28, 36), autocast=False
         accelerate(model, verbose=False)
     tower, dtype = getattr(model, model.base_model_prefix), model.dtype
     torch.manual_seed(1)
-    pictures, labels = torch.randn(images, 3, *size).to(dtype), torch.arange(images) % 4
+    pixels, labels = torch.randn(images, 3, *size).to(dtype), torch.arange(images) % 4
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     curve = []
     for step in range(STEPS):
         half = torch.arange(step % 2, images, 2)
         half = half.flip(0) if reverse else half
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            features = tower(pictures[half]).pooler_output
+            features = tower(pixels[half]).pooler_output
         with torch.autocast("cpu", head, enabled=head == torch.bfloat16):
             logits = model.classifier(features if head == torch.bfloat16 else features.to(dtype))
         loss = F.cross_entropy(logits.to(dtype), labels[half])

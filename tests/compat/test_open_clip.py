@@ -246,11 +246,11 @@ def test_a_name_that_we_lack_is_open_clips(tiny_vit, tmp_path):
     theirs, _, transform = open_clip.create_model_and_transforms(tiny_vit)
     torch.save(theirs.state_dict(), tmp_path / "weights.pt")
     model, _, preprocess = ff.create_model_and_transforms(tiny_vit, pretrained=tmp_path / "weights.pt")
-    picture = preprocess(Image.new("RGB", (50, 40), (10, 200, 90)))[None]
-    assert torch.equal(picture, transform(Image.new("RGB", (50, 40), (10, 200, 90)))[None])
+    image = preprocess(Image.new("RGB", (50, 40), (10, 200, 90)))[None]
+    assert torch.equal(image, transform(Image.new("RGB", (50, 40), (10, 200, 90)))[None])
     tokens = ff.get_tokenizer(tiny_vit)(["a cat", "a dog"])
     assert tokens.shape == (2, 12) and torch.equal(tokens, open_clip.get_tokenizer(tiny_vit)(["a cat", "a dog"]))
-    for found, expected in zip(model(picture, tokens), theirs.eval()(picture, tokens), strict=True):
+    for found, expected in zip(model(image, tokens), theirs.eval()(image, tokens), strict=True):
         torch.testing.assert_close(found, expected)
     classifier = ff.build_zero_shot_classifier(model, ff.get_tokenizer(tiny_vit), ["cat", "dog"], ["a {}."])
     assert classifier.shape == (24, 2)
@@ -259,7 +259,7 @@ def test_a_name_that_we_lack_is_open_clips(tiny_vit, tmp_path):
     ff.load_checkpoint(fresh, tmp_path / "weights.pt")
     assert torch.equal(fresh.visual.conv1.weight, theirs.visual.conv1.weight)
     loaded, *_ = clip_benchmark.load(tiny_vit, str(tmp_path / "weights.pt"), None, "cpu")
-    torch.testing.assert_close(loaded.encode_image(picture), theirs.encode_image(picture))
+    torch.testing.assert_close(loaded.encode_image(image), theirs.encode_image(image))
 
 
 @needs_open_clip

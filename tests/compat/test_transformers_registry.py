@@ -21,7 +21,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def picture():
+def image():
     return Image.effect_noise((90, 70), 80).convert("RGB")
 
 
@@ -31,7 +31,7 @@ def test_registering_twice_changes_nothing():
     assert "FlorenceFastModel" in register_with_transformers()
 
 
-def test_the_auto_classes_find_what_was_written(saved, picture):
+def test_the_auto_classes_find_what_was_written(saved, image):
     import transformers
 
     register_with_transformers()
@@ -39,7 +39,7 @@ def test_the_auto_classes_find_what_was_written(saved, picture):
     model = transformers.AutoModel.from_pretrained(directory)
     processor = transformers.AutoImageProcessor.from_pretrained(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    pixels = processor([picture, picture.rotate(90)], return_tensors="pt").pixel_values
+    pixels = processor([image, image.rotate(90)], return_tensors="pt").pixel_values
     tokens = tokenizer(TEXTS[:2], padding="max_length", truncation=True, return_tensors="pt")
     with torch.no_grad():
         found = model(pixel_values=pixels, **tokens, return_loss=True)
@@ -52,7 +52,7 @@ def test_the_auto_classes_find_what_was_written(saved, picture):
     assert len(model(pixel_values=pixels, return_dict=False)) == 1
 
 
-def test_the_way_of_resizing_is_written_with_the_processor(picture, tmp_path):
+def test_the_way_of_resizing_is_written_with_the_processor(image, tmp_path):
     transformers = pytest.importorskip("transformers")
 
     register_with_transformers()
@@ -61,7 +61,7 @@ def test_the_way_of_resizing_is_written_with_the_processor(picture, tmp_path):
     save_for_transformers(model, tmp_path)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     assert (processor.resize_mode, processor.interpolation) == ("longest", "bilinear")
-    assert torch.equal(processor(picture).pixel_values[0], transform(picture))
+    assert torch.equal(processor(image).pixel_values[0], transform(image))
 
 
 def test_a_new_model_from_a_configuration_draws_its_weights(saved):
@@ -75,15 +75,15 @@ def test_a_new_model_from_a_configuration_draws_its_weights(saved):
     assert all(torch.equal(tensor, drawn.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def test_pictures_and_texts_are_prepared_as_ours_are(saved, picture, tmp_path):
+def test_images_and_texts_are_prepared_as_ours_are(saved, image, tmp_path):
     import transformers
 
     register_with_transformers()
     _, transform = ff.create_model_from_pretrained("florence_nano", "artists")
     processor = transformers.AutoImageProcessor.from_pretrained(saved[1])
-    assert torch.equal(processor(picture).pixel_values[0], transform(picture))
-    picture.save(tmp_path / "noise.png")
-    assert torch.equal(processor(str(tmp_path / "noise.png")).pixel_values[0], transform(picture))
+    assert torch.equal(processor(image).pixel_values[0], transform(image))
+    image.save(tmp_path / "noise.png")
+    assert torch.equal(processor(str(tmp_path / "noise.png")).pixel_values[0], transform(image))
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved[1])
     expected = ff.get_tokenizer("florence_nano")(TEXTS)
     found = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
@@ -122,7 +122,7 @@ def test_what_cannot_be_is_refused(saved, monkeypatch):
         register_with_transformers()
 
 
-def test_save_pretrained_writes_what_pipelines_and_processors_read(saved, picture, tmp_path, monkeypatch):
+def test_save_pretrained_writes_what_pipelines_and_processors_read(saved, image, tmp_path, monkeypatch):
     import transformers
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -130,13 +130,13 @@ def test_save_pretrained_writes_what_pipelines_and_processors_read(saved, pictur
     directory = str(ours.save_pretrained(tmp_path / "nano"))
     processor = transformers.AutoProcessor.from_pretrained(directory)
     assert type(processor).__name__ == "FlorenceFastProcessor"
-    inputs = processor(text=TEXTS[:2], images=[picture], padding="max_length", return_tensors="pt")
+    inputs = processor(text=TEXTS[:2], images=[image], padding="max_length", return_tensors="pt")
     with torch.no_grad():
         images, texts, scale = ours(inputs["pixel_values"], ff.get_tokenizer("florence_nano")(TEXTS[:2]))
         model = transformers.AutoModel.from_pretrained(directory)
         torch.testing.assert_close(model(**inputs).logits_per_image, scale * images @ texts.T)
     classify = transformers.pipeline("zero-shot-image-classification", model=directory, device="cpu")
-    found = classify(picture, candidate_labels=["cat", "red circle"], hypothesis_template="{}")
+    found = classify(image, candidate_labels=["cat", "red circle"], hypothesis_template="{}")
     with torch.no_grad():
         _, texts, _ = ours(text=ff.get_tokenizer("florence_nano")(["cat", "red circle"]))
     expected = dict(zip(["cat", "red circle"], (scale * images @ texts.T).softmax(-1)[0].tolist(), strict=True))

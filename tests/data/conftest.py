@@ -1,4 +1,4 @@
-"""Small pictures, shards and sources that the tests of the data share."""
+"""Small images, shards and sources that the tests of the data share."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from florence_fast.data.pairs import PairSource, PairText
 
 
 def encode(colour: tuple[int, ...], size: tuple[int, int] = (8, 8), mode: str = "RGB", kind: str = "PNG") -> bytes:
-    """A picture of one colour, as a file's bytes."""
+    """An image of one colour, as a file's bytes."""
     out = io.BytesIO()
     Image.new(mode, size, colour).save(out, kind)
     return out.getvalue()
@@ -35,10 +35,10 @@ def sample(key: str, text: str, colour: tuple[int, int, int] = (1, 2, 3), **more
 
 
 class ListPairs(PairSource):
-    """Pairs in memory: picture i is of one colour made from i; chosen ones fail in their picture or their text."""
+    """Pairs in memory: image i is of one colour made from i; chosen ones fail in their image or their text."""
 
-    def __init__(self, texts: list[PairText], bad_pictures: set[int] = frozenset(), bad_texts: set[int] = frozenset()):
-        self.pairs, self.bad_pictures, self.bad_texts, self.decoded = texts, bad_pictures, bad_texts, []
+    def __init__(self, texts: list[PairText], bad_images: set[int] = frozenset(), bad_texts: set[int] = frozenset()):
+        self.pairs, self.bad_images, self.bad_texts, self.decoded = texts, bad_images, bad_texts, []
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -50,8 +50,8 @@ class ListPairs(PairSource):
 
     def image(self, index: int) -> Image.Image:
         self.decoded.append(index)
-        if index in self.bad_pictures:
-            raise ValueError("no picture here")
+        if index in self.bad_images:
+            raise ValueError("no image here")
         image = Image.new("RGB", (16, 12), (index % 256, 255 - index % 256, 7))
         image.paste((255, 255, 255), (0, 0, 8, 6))
         return image

@@ -1,4 +1,4 @@
-"""The shipped pictures: the counts that the demo rests on, and that they open."""
+"""The shipped images: the counts that the demo rests on, and that they open."""
 
 from florence_fast.data.artists import TEST_ARTIST, artists_names, artists_test, artists_train
 
@@ -15,9 +15,9 @@ def test_the_held_out_artist_is_not_trained_on_and_all_names_are_known() -> None
     assert names == sorted(set(names))
 
 
-def test_pictures_are_64_px_on_white_with_unicode_keywords() -> None:
+def test_images_are_64_px_on_white_with_unicode_keywords() -> None:
     train = artists_train()
     dog = next(i for i in range(len(train)) if train.texts(i).text == "dog face" and "noto.tar" in train.describe(i))
     assert {"dog", "pet"} <= set(train.texts(dog).keywords) and train.texts(dog).short_name == "dog face"
-    picture = train.image(dog)
-    assert picture.size == (64, 64) and min(picture.getpixel((0, 0))) > 250
+    image = train.image(dog)
+    assert image.size == (64, 64) and min(image.getpixel((0, 0))) > 250

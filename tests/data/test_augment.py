@@ -10,39 +10,39 @@ def without_changes(mean, std) -> BatchAugment:
     return BatchAugment(mean=mean, std=std).strengthened(0)
 
 
-def pictures(count: int = 6, size: int = 16) -> torch.Tensor:
+def images(count: int = 6, size: int = 16) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_same_key_gives_the_same_pictures_and_another_step_others():
+def test_the_same_key_gives_the_same_images_and_another_step_others():
     augment = BatchAugment(mean=(0.5,) * 3, std=(0.25,) * 3)
-    first, again = augment(pictures(), 16, seed=3, step=7), augment(pictures(), 16, seed=3, step=7)
+    first, again = augment(images(), 16, seed=3, step=7), augment(images(), 16, seed=3, step=7)
     assert torch.equal(first, again)
-    assert not torch.equal(first, augment(pictures(), 16, seed=3, step=8))
-    assert not torch.equal(first, augment(pictures(), 16, seed=4, step=7))
+    assert not torch.equal(first, augment(images(), 16, seed=3, step=8))
+    assert not torch.equal(first, augment(images(), 16, seed=4, step=7))
 
 
 def test_with_every_strength_at_zero_only_the_normalisation_is_left():
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    out = without_changes(mean, std)(pictures(), 16, seed=0, step=0)
-    expected = (pictures().float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    out = without_changes(mean, std)(images(), 16, seed=0, step=0)
+    expected = (images().float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
-def test_a_white_picture_stays_white_under_every_geometric_and_channel_change():
+def test_a_white_image_stays_white_under_every_geometric_and_channel_change():
     white = torch.full((8, 3, 12, 12), 255, dtype=torch.uint8)
     augment = BatchAugment(mean=(0.0,) * 3, std=(1.0,) * 3, contrast=0.0, brightness=0.0, degrees=45, colour=0.3)
     torch.testing.assert_close(augment(white, 12, seed=0, step=0), torch.ones(8, 3, 12, 12), atol=1e-5, rtol=0)
 
 
 def test_a_smaller_size_averages_blocks():
-    out = without_changes((0.0,) * 3, (1.0,) * 3)(pictures(2, 16), 8, seed=0, step=0)
-    expected = (pictures(2, 16).float() / 255).view(2, 3, 8, 2, 8, 2).mean((3, 5))
+    out = without_changes((0.0,) * 3, (1.0,) * 3)(images(2, 16), 8, seed=0, step=0)
+    expected = (images(2, 16).float() / 255).view(2, 3, 8, 2, 8, 2).mean((3, 5))
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
-def test_every_picture_gets_its_own_change():
-    same = pictures(1).expand(4, -1, -1, -1)
+def test_every_image_gets_its_own_change():
+    same = images(1).expand(4, -1, -1, -1)
     out = BatchAugment(mean=(0.5,) * 3, std=(0.25,) * 3)(same, 16, seed=0, step=0)
     assert all(not torch.equal(out[0], other) for other in out[1:])
 

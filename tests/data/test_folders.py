@@ -13,7 +13,7 @@ from tests.data.conftest import encode
 
 
 def fill(folder: Path, *names: str) -> Path:
-    """Put pictures, or texts that say their own name, into a folder."""
+    """Put images, or texts that say their own name, into a folder."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     os.mkfifo(tmp_path / "c/pipe.png")
     assert texts(tmp_path) == ["c"]
     (record,) = [record for record in caplog.records if "left out" in record.message]
-    for part in ("2 of kind .heic (b.heic, ...)", "1 without a suffix (notes)", "1 texts without a picture"):
+    for part in ("2 of kind .heic (b.heic, ...)", "1 without a suffix (notes)", "1 texts without an image"):
         assert part in record.message
     assert "1 broken links, pipes or devices (c/pipe.png)" in record.message
 
@@ -96,7 +96,7 @@ def test_what_was_understood_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     fill(tmp_path, "red_apple/a.png", "pear/b.png", "pear/b.txt", "plum/c.png")
     with caplog.at_level(logging.INFO):
         open_pairs(tmp_path)
-    assert "3 pictures, 1 with a text of their own, the others of 2 classes" in caplog.text
+    assert "3 images, 1 with a text of their own, the others of 2 classes" in caplog.text
     assert ": plum, red apple" in caplog.text
 
 

@@ -70,7 +70,7 @@ def test_every_epoch_shows_every_pair_once_though_batches_cross_its_border(list_
 @pytest.mark.parametrize("crop", ["squash", "center", "random_resized"])
 @pytest.mark.parametrize("grouped", [1, 3])
 def test_a_position_equals_skipping(list_pairs: Build, crop: str, grouped: int) -> None:
-    options = dict(crop=crop, pictures_per_text=grouped)
+    options = dict(crop=crop, images_per_text=grouped)
     straight = take(load(list_pairs(40, names=9), **options), 12)
     assert_equal(take(load(list_pairs(40, names=9), **options), 7, position=5 * 7), straight[5:])
 
@@ -105,7 +105,7 @@ def test_training_sees_what_evaluation_sees(list_pairs: Build, crop: str, interp
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_join_to_the_same_global_batch(list_pairs: Build, world_size: int) -> None:
-    bad = dict(bad_pictures={4, 5}, bad_texts={11})
+    bad = dict(bad_images={4, 5}, bad_texts={11})
     whole = take(load(list_pairs(40, **bad), batch_size=4 * world_size, max_bad_share=1), 9, position=8)
     ranks = [
         take(
@@ -147,12 +147,12 @@ def test_frequencies_of_keywords_short_names_and_templates(list_pairs: Build) ->
     assert np.mean([len(text.split()) > 2 for text in batch.texts]) == pytest.approx(0.5, abs=0.04)
 
 
-def test_pictures_of_a_text_meet_in_a_batch(list_pairs: Build) -> None:
-    (batch,) = take(load(list_pairs(60, names=15), batch_size=12, pictures_per_text=4, augment_text=False), 1)
+def test_images_of_a_text_meet_in_a_batch(list_pairs: Build) -> None:
+    (batch,) = take(load(list_pairs(60, names=15), batch_size=12, images_per_text=4, augment_text=False), 1)
     assert sorted(Counter(batch.labels.tolist()).values()) == [4, 4, 4]
 
 
-def test_each_picture_is_decoded_once_with_the_cache_and_every_time_without(list_pairs: Build) -> None:
+def test_each_image_is_decoded_once_with_the_cache_and_every_time_without(list_pairs: Build) -> None:
     cached, anew = list_pairs(20), list_pairs(20)
     with_cache = take(load(cached), 9)
     assert sorted(cached.decoded) == list(range(20))
@@ -163,7 +163,7 @@ def test_each_picture_is_decoded_once_with_the_cache_and_every_time_without(list
 def test_a_cache_larger_than_half_the_memory_is_not_made(
     list_pairs: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # 40 pictures of 8 x 8 are 7,680 bytes.
+    # 40 images of 8 x 8 are 7,680 bytes.
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 15_359, "SC_PAGE_SIZE": 1}[name])
     source = list_pairs(40)
     take(load(source), 12)
@@ -211,7 +211,7 @@ def test_unreadable_pairs_are_counted_named_and_replaced_by_the_next(
 ) -> None:
     good = torch.cat([batch.indices for batch in take(load(list_pairs(40)), 40)]).tolist()
     bad = {good[3], good[4], good[9], good[39]}
-    source = list_pairs(40, bad_pictures={good[3], good[4]}, bad_texts={good[9], good[39]})
+    source = list_pairs(40, bad_images={good[3], good[4]}, bad_texts={good[9], good[39]})
     loader = load(source, max_bad_share=0.2, cache=cache)
     with caplog.at_level(logging.WARNING):
         batches = take(loader, 40)
@@ -230,13 +230,13 @@ def test_unreadable_pairs_are_counted_named_and_replaced_by_the_next(
 
 
 def test_too_large_a_share_of_unreadable_pairs_stops_the_run(list_pairs: Build) -> None:
-    source = list_pairs(100, bad_pictures={1, 2})
+    source = list_pairs(100, bad_images={1, 2})
     assert sum(batch.skipped for batch in take(load(source, batch_size=50, max_bad_share=0.02), 8)) == 8
     batches = load(source, batch_size=50).batches(0)
     assert sum(next(batches).skipped for _ in range(3)) >= 2
     with pytest.raises(
         BadDataError,
-        match=r"^4 of 200 samples were unreadable, more than max_bad_share=0\.01: list\[[12]\]: no picture here; list",
+        match=r"^4 of 200 samples were unreadable, more than max_bad_share=0\.01: list\[[12]\]: no image here; list",
     ):
         next(batches)
 
@@ -266,7 +266,7 @@ def test_reasons_do_not_act_on_the_terminal(list_pairs: Build, caplog: pytest.Lo
 
 def test_a_source_of_which_nothing_can_be_read_stops_the_run(list_pairs: Build) -> None:
     with pytest.raises(BadDataError, match=r"none of the 9 .* can be read: list.*; and 4 more"):
-        take(load(list_pairs(9, bad_pictures=set(range(9))), max_bad_share=1), 1)
+        take(load(list_pairs(9, bad_images=set(range(9))), max_bad_share=1), 1)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_source_of_which_nothing_can_be_read_stops_the_run(list_pairs: Build) 
     [
         (dict(batch_size=0), "batch_size must be at least 1, got 0"),
         (dict(image_size=0), "image_size must be at least 1, got 0"),
-        (dict(pictures_per_text=0), "pictures_per_text must be at least 1"),
+        (dict(images_per_text=0), "images_per_text must be at least 1"),
         (dict(num_workers=-1), "num_workers must not be negative, got -1"),
         (dict(rank=2, world_size=2), r"rank must lie in \[0, world_size=2\), got 2"),
         (dict(keyword_prob=1.5), r"keyword_prob must lie in \[0, 1\], got 1.5"),

@@ -68,7 +68,7 @@ def test_pairs_and_groups_are_those_of_the_definition(seed, count, kinds, flips,
 @pytest.mark.parametrize("kind", ["random", "much-in-common", "few-bits"])
 def test_buckets_within_buckets_find_what_numpy_finds(monkeypatch, kind, max_distance):
     hashes = planted(1, 3000, 2000, 3)
-    if kind == "much-in-common":  # as of pictures with a white border: 32 bits are equal in all of them
+    if kind == "much-in-common":  # as of images with a white border: 32 bits are equal in all of them
         hashes &= np.uint64(0x0000_FFFF_F0F0_0F0F)
     if kind == "few-bits":
         hashes &= np.uint64(0x0003_0300_0100_0307)

@@ -14,7 +14,7 @@ from tests.data.conftest import encode, sample, write_tar
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with two pictures."""
+    """A folder with two images."""
     (tmp_path / "a.png").write_bytes(encode((1, 1, 1)))
     (tmp_path / "b.png").write_bytes(encode((2, 2, 2)))
     return tmp_path
@@ -45,7 +45,7 @@ def test_tables(folder: Path, name: str, content: str, keys: dict[str, str]) -> 
     assert source.describe(1).startswith(f"{folder / name}:") and "b.png" in source.describe(1)
 
 
-def test_pictures_may_be_relative_to_the_working_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_may_be_relative_to_the_working_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "tables").mkdir()
     (folder / "tables" / "t.csv").write_text("filepath,title\na.png,apple\n")
     monkeypatch.chdir(folder)
@@ -63,7 +63,7 @@ def test_jsonl_has_short_names_and_keywords(folder: Path) -> None:
     [
         ("t.csv", b"a.png", "1 fields where the header has 2"),
         ("t.csv", b"a.png,x,y", "3 fields where the header has 2"),
-        ("t.csv", b",pear", "no path of a picture"),
+        ("t.csv", b",pear", "no path of an image"),
         ("t.csv", b"a.png, ", "no text"),
         ("t.csv", b"a.png,p\xe9ar", "the text is not UTF-8"),
         ("t.csv", b"a.png," + b"x" * 140_000, "field larger than field limit"),
@@ -76,7 +76,7 @@ def test_jsonl_has_short_names_and_keywords(folder: Path) -> None:
         ("t.jsonl", b'{"image": "a.png", "text": "x", "short_name": 1}', "short_name must be a string"),
         ("t.jsonl", b"[" * 100_000, "JSON nested more than 100 deep"),
         ("t.jsonl", b'{"image": "a.png", "text": "cut \\ud83d"}', "the text holds half a character"),
-        ("t.jsonl", b'{"image": "caf\\udce9.png", "text": "x"}', "the path of a picture holds half a character"),
+        ("t.jsonl", b'{"image": "caf\\udce9.png", "text": "x"}', "the path of an image holds half a character"),
         ("t.jsonl", b'{"image": "a.png", "text": "x", "keywords": ["\\ud83d"]}', "the keyword holds half a character"),
         ("t.jsonl", b'{"image": "a.png", "text": "x", "short_name": "\\ud83d"}', "the short name holds half a char"),
         ("t.jsonl", b'{"image": "a.png", "text": "%s"}' % (b"x" * 10_001), "the text has 10,001 characters"),
@@ -137,7 +137,7 @@ def test_a_quote_mark_costs_no_other_row(
         ('"open,a.png\n5 feet 2",b.png\n', ['"open', '5 feet 2"']),
     ],
 )
-def test_a_quote_mark_before_the_picture_costs_no_other_row(folder: Path, rows: str, texts: list[str | None]) -> None:
+def test_a_quote_mark_before_the_image_costs_no_other_row(folder: Path, rows: str, texts: list[str | None]) -> None:
     (folder / "t.csv").write_text("title,filepath\n" + rows)
     source = open_pairs(folder / "t.csv")
     assert [row.text.text if row.text else None for row in source.rows] == texts
@@ -211,12 +211,12 @@ def test_parquet(folder: Path) -> None:
     source = open_pairs(folder / "t.parquet", img_key="path", caption_key="caption")
     assert source.texts(0) == PairText("apple", None, ["red"]) and source.texts(2) == PairText("pear")
     assert source.image(2).getpixel((0, 0)) == (2, 2, 2)
-    with pytest.raises(ValueError, match="it has no path of a picture"):
+    with pytest.raises(ValueError, match="it has no path of an image"):
         source.texts(1)
     with pytest.raises(ValueError, match=r"no column 'filepath' .*; it holds: path, caption, keywords"):
         open_pairs(folder / "t.parquet")
     parquet.write_table(pyarrow.table({"image": [b"png"], "text": ["x"]}), folder / "bytes.parquet")
-    with pytest.raises(ValueError, match=r"column 'image' of .* must hold paths of pictures, got binary"):
+    with pytest.raises(ValueError, match=r"column 'image' of .* must hold paths of images, got binary"):
         open_pairs(folder / "bytes.parquet")
     (folder / "cut.parquet").write_bytes((folder / "t.parquet").read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"cut\.parquet is not a readable Parquet file"):
@@ -253,7 +253,7 @@ def test_a_table_that_is_none_is_refused(folder: Path) -> None:
         open_pairs(folder / "t.csv")
 
 
-def test_a_missing_picture_shows_when_it_is_read(folder: Path) -> None:
+def test_a_missing_image_shows_when_it_is_read(folder: Path) -> None:
     (folder / "t.csv").write_text("filepath,title\nnone.png,apple\n")
     source = open_pairs(folder / "t.csv")
     assert source.texts(0).text == "apple"
@@ -318,8 +318,8 @@ def test_several_sources_are_joined_in_order(folder: Path) -> None:
         ({"t.jsonl": b"\n\n"}, "t.jsonl", ValueError, "holds no image-text pair"),
         ({"t.jsonl": b"oops\n{}\n"}, "t.jsonl", ValueError, "none of the 2 rows of .* is an image-text pair"),
         ({"t.xlsx": b"x"}, "t.xlsx", ValueError, "cannot tell how to read .*t.xlsx: wanted a folder, .csv"),
-        ({"notes.md": b"x"}, ".", ValueError, "holds no picture"),
-        ({"a.png": b"x", "b.png": b"x"}, ".", ValueError, "none of the 2 pictures in .* has a text: wanted NAME.txt"),
+        ({"notes.md": b"x"}, ".", ValueError, "holds no image"),
+        ({"a.png": b"x", "b.png": b"x"}, ".", ValueError, "none of the 2 images in .* has a text: wanted NAME.txt"),
     ],
 )
 def test_what_cannot_be_read_is_refused_at_once(

@@ -1,4 +1,4 @@
-"""The cache of decoded pictures: what is in it, and its smaller copies."""
+"""The cache of decoded images: what is in it, and its smaller copies."""
 
 import numpy as np
 import torch
@@ -6,15 +6,15 @@ import torch
 from florence_fast.data.picture_cache import PictureCache
 
 
-def test_a_picture_is_there_once_it_was_put_and_comes_back_unchanged() -> None:
+def test_an_image_is_there_once_it_was_put_and_comes_back_unchanged() -> None:
     cache = PictureCache(3, size=4)
-    picture = np.random.default_rng(0).integers(0, 256, (3, 4, 4), dtype=np.uint8)
-    cache.put(1, picture)
+    image = np.random.default_rng(0).integers(0, 256, (3, 4, 4), dtype=np.uint8)
+    cache.put(1, image)
     assert [index in cache for index in range(3)] == [False, True, False]
     taken = cache.take(np.array([1, 1]), size=4)
-    assert torch.equal(taken, torch.from_numpy(np.stack([picture, picture])))
+    assert torch.equal(taken, torch.from_numpy(np.stack([image, image])))
     taken.zero_()
-    assert torch.equal(cache.take(np.array([1]), size=4)[0], torch.from_numpy(picture))
+    assert torch.equal(cache.take(np.array([1]), size=4)[0], torch.from_numpy(image))
 
 
 def test_a_smaller_copy_is_made_when_it_is_asked_for() -> None:

@@ -36,7 +36,7 @@ def test_an_epoch_holds_each_pair_once_and_another_order_than_its_neighbour() ->
 
 
 @pytest.mark.parametrize("per_text", [2, 3])
-def test_pictures_of_a_text_come_in_groups_that_change(per_text: int) -> None:
+def test_images_of_a_text_come_in_groups_that_change(per_text: int) -> None:
     text_ids = np.random.default_rng(0).integers(0, 60, 300)
     text_ids = np.unique(text_ids, return_inverse=True)[1]
     orders = [epoch_order(0, epoch, 300, text_ids, per_text) for epoch in range(2)]

@@ -68,8 +68,8 @@ def test_pairs_of_several_shards_follow_each_other_and_travel_to_other_processes
     ("members", "read", "fault"),
     [
         ({"x.png": b"x"}, "texts", "it has no text"),
-        ({"x.txt": b"text"}, "image", "it has no picture"),
-        ({"x.png": b"junk", "x.txt": b"text"}, "image", "cannot read picture"),
+        ({"x.txt": b"text"}, "image", "it has no image"),
+        ({"x.png": b"junk", "x.txt": b"text"}, "image", "cannot read image"),
         ({"x.png": b"x", "x.txt": b"  "}, "texts", "it has no text"),
         ({"x.png": b"x", "x.txt": b"\xff\xfe"}, "texts", "can't decode byte 0xff"),
         ({"x.png": b"x", "x.json": b"{"}, "texts", "Expecting property name"),
@@ -143,11 +143,11 @@ def test_a_whole_shard_is_no_cause_for_a_warning(tmp_path: Path, caplog: pytest.
         (b"", "is not a readable tar: empty file"),
         (b"not a tar" * 200, "is not a readable tar"),
         (gzip.compress(b""), "is not a readable tar: empty file"),
-        ({"x.txt": b"t"}, "holds no picture: wanted members KEY.webp, KEY.png"),
+        ({"x.txt": b"t"}, "holds no image: wanted members KEY.webp, KEY.png"),
         ({"x.png": b"p"}, "holds no text: wanted members KEY.txt, KEY.json"),
-        ({}, "holds no picture"),
+        ({}, "holds no image"),
     ],
-    ids=["empty-file", "no-tar", "empty-gzip", "no-picture", "no-text", "no-member"],
+    ids=["empty-file", "no-tar", "empty-gzip", "no-image", "no-text", "no-member"],
 )
 def test_a_shard_without_pairs_is_refused(tmp_path: Path, data: bytes | dict[str, bytes], fault: str) -> None:
     path = tmp_path / "bad.tar"
@@ -217,7 +217,7 @@ def test_a_header_that_lies_ends_the_shard_and_not_the_run(
     assert re.search(rf"bad\.tar is {fault}", caplog.text)
     assert source.texts(0).text == "good" and source.image(0).size == (8, 8)
     for index in range(1, len(source)):
-        with pytest.raises(ValueError, match=r"more than the limit of|no picture"):
+        with pytest.raises(ValueError, match=r"more than the limit of|no image"):
             source.texts(index)
 
 

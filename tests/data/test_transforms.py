@@ -12,7 +12,7 @@ from florence_fast.data.transforms import OPENAI_MEAN, OPENAI_STD, image_transfo
 
 
 def ramp(width: int, height: int) -> Image.Image:
-    """A picture whose red says the column and whose green says the row."""
+    """An image whose red says the column and whose green says the row."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8))
 
@@ -54,7 +54,7 @@ def test_longest_shows_everything_on_a_canvas() -> None:
     assert np.array_equal(x[0, :, 0], [9, 9, 255, 255, 255, 255, 9, 9])
 
 
-def test_transparent_pictures_lie_on_white() -> None:
+def test_transparent_images_lie_on_white() -> None:
     x = pixels(image_transform(4, is_train=False)(Image.new("RGBA", (4, 4), (0, 0, 0, 0))))
     assert x.min() == 255
 

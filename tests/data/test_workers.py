@@ -49,7 +49,7 @@ def test_batches_are_the_same_with_two_workers(
 
 
 def noise(seed: int) -> bytes:
-    """A picture of which every part differs, as PNG."""
+    """An image of which every part differs, as PNG."""
     out = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(out, "PNG")
@@ -57,7 +57,7 @@ def noise(seed: int) -> bytes:
 
 
 class ProcessPairs(ListPairs):
-    """Pictures that say about the process which decodes them: whether it ignores two signals, and its id."""
+    """Images that say about the process which decodes them: whether it ignores two signals, and its id."""
 
     def image(self, index: int) -> Image.Image:
         ignored = [signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGTERM, signal.SIGINT)]

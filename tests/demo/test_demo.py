@@ -1,4 +1,4 @@
-"""The whole demo on a few dozen real pictures: every file it promises, and figures that agree with each other."""
+"""The whole demo on a few dozen real images: every file it promises, and figures that agree with each other."""
 
 import contextlib
 import io
@@ -22,8 +22,8 @@ from florence_fast.train.config import Stage
 
 
 @pytest.fixture(scope="module")
-def few_pictures():
-    """Forty test pictures and the training pictures of the same names."""
+def few_images():
+    """Forty test images and the training images of the same names."""
     test = Subset(artists_test(), range(0, 1600, 40))
     known = {test.texts(index).text for index in range(len(test))}
     whole = artists_train()
@@ -38,7 +38,7 @@ def few_pictures():
 
 
 @pytest.fixture(scope="module")
-def rehearsed(few_pictures, tmp_path_factory):
+def rehearsed(few_images, tmp_path_factory):
     """Results, folder and terminal output of one rehearsal."""
     out = tmp_path_factory.mktemp("rehearsal") / "demo"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -47,7 +47,7 @@ def rehearsed(few_pictures, tmp_path_factory):
 
 
 @pytest.fixture
-def without_shipped(few_pictures, monkeypatch):
+def without_shipped(few_images, monkeypatch):
     """Leave the shipped weights out, whose figures another test looks at."""
     shares = dict.fromkeys(("white", "mean", *grounds.GROUNDS), 0.5)
     monkeypatch.setattr(demo, "on_grounds", lambda *_, **__: shares)
@@ -59,8 +59,8 @@ def test_a_rehearsal_writes_everything_that_it_promises(rehearsed):
     results, out, _ = rehearsed
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     for name in ("curves", "queries", "readings"):
-        picture = np.asarray(Image.open(out / f"{name}.png").convert("L"))
-        assert picture.std() > 5, f"{name}.png is blank"
+        image = np.asarray(Image.open(out / f"{name}.png").convert("L"))
+        assert image.std() > 5, f"{name}.png is blank"
     assert (out / "model" / "model.safetensors").is_file()
     page = (out / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3
@@ -126,7 +126,7 @@ def test_an_earlier_run_is_not_overwritten(rehearsed):
         demo.run(out, steps=3)
 
 
-def test_right_pictures_are_those_that_unicode_calls_so():
+def test_right_images_are_those_that_unicode_calls_so():
     apple = PairText("red apple", "red apple", ["fruit", "red"])
     assert sheets.describes("Fruit", apple) and sheets.describes("red apple", apple)
     assert not sheets.describes("apple", apple)

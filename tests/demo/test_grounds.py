@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from florence_fast.data.artists import artists_test
-from florence_fast.demo.grounds import FRAME_WIDTH, GROUNDS, NAMES, OnGround, forty_pictures
+from florence_fast.demo.grounds import FRAME_WIDTH, GROUNDS, NAMES, OnGround, forty_images
 
 
 def disc() -> Image.Image:
@@ -35,8 +35,8 @@ def test_all_grounds_differ():
     assert len(set(images)) == len(GROUNDS) == 6
 
 
-def test_forty_pictures_have_forty_names_of_the_whole_set():
-    chosen = forty_pictures()
+def test_forty_images_have_forty_names_of_the_whole_set():
+    chosen = forty_images()
     names = [chosen.texts(index).text for index in range(len(chosen))]
     assert len(set(names)) == len(chosen) == NAMES == 40
     assert names[0] == artists_test().texts(0).text

@@ -1,4 +1,4 @@
-"""Stand-ins for evaluation tests: pictures of one colour, and a model whose features are colours."""
+"""Stand-ins for evaluation tests: images of one colour, and a model whose features are colours."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,12 +18,12 @@ def tokenizer(texts: str | list[str]) -> Tensor:
 
 
 def transform(image: Image.Image) -> Tensor:
-    """The picture's first pixel as a (3, 1, 1) tensor from 0 to 1."""
+    """The image's first pixel as a (3, 1, 1) tensor from 0 to 1."""
     return torch.tensor(image.getpixel((0, 0))).float().view(3, 1, 1) / 255
 
 
 class ColourModel(nn.Module):
-    """A dual encoder that is always right: a picture's feature is its colour, a text's the colour that it names."""
+    """A dual encoder that is always right: an image's feature is its colour, a text's the colour that it names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class ColourModel(nn.Module):
 
 
 @dataclass
-class ColourPictures:
-    """A source of one-coloured pictures; a text may be given apart from the colour, None is a broken picture."""
+class ColourImages:
+    """A source of one-coloured images; a text may be given apart from the colour, None is a broken image."""
 
     colours: list[str | None]
     captions: list[str] = field(default_factory=list)
@@ -63,4 +63,4 @@ class ColourPictures:
         return Image.new("RGB", (2, 2), COLOURS[self.colours[index]])
 
     def describe(self, index: int) -> str:
-        return f"picture {index}"
+        return f"image {index}"

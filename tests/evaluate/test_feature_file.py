@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from florence_fast.cli import main
-from florence_fast.evaluate import Hit, index_pictures, search
+from florence_fast.evaluate import Hit, index_images, search
 from florence_fast.evaluate.search import Hits
 from florence_fast.models import Florence, create_model, get_tokenizer
 
@@ -45,37 +45,37 @@ def encoded(monkeypatch):
 
 def test_a_second_search_encodes_only_what_is_new_or_has_changed(model, folder, encoded, tmp_path):
     file = tmp_path / "index" / "features.safetensors"
-    plain = index_pictures(model, folder)
-    first = index_pictures(model, folder, file=file)
+    plain = index_images(model, folder)
+    first = index_images(model, folder, file=file)
     assert first.paths == plain.paths and torch.equal(first.features, plain.features)
     assert encoded == [3, 3] and [path.name for path in file.parent.iterdir()] == [file.name]
     written = file.stat().st_mtime_ns
-    again = index_pictures(model, folder, file=file)
+    again = index_images(model, folder, file=file)
     assert encoded == [3, 3] and file.stat().st_mtime_ns == written
     assert again.paths == plain.paths and torch.equal(again.features, plain.features)
     Image.new("RGB", (20, 20), "yellow").save(folder / "new.png")
     Image.new("RGB", (20, 20), "black").save(folder / "red.png")
     os.utime(folder / "red.png", ns=(1, 1))
     (folder / "blue.png").unlink()
-    changed = index_pictures(model, folder, file=file)
-    expected = index_pictures(model, folder)
+    changed = index_images(model, folder, file=file)
+    expected = index_images(model, folder)
     assert encoded == [3, 3, 2, 3]
     assert changed.paths == expected.paths and torch.allclose(changed.features, expected.features, atol=1e-6)
 
 
 def test_features_of_another_model_are_computed_anew(model, folder, encoded, tmp_path):
     file = tmp_path / "features"
-    index_pictures(model, folder, file=file)
+    index_images(model, folder, file=file)
     with torch.no_grad():
         model.logit_scale += 1
-    index_pictures(model, folder, file=file)
+    index_images(model, folder, file=file)
     assert encoded == [3, 3]
 
 
 @pytest.mark.parametrize("spoil", ["text", "cut", "other", "list"])
 def test_a_file_that_is_no_index_is_refused_and_kept(spoil, model, folder, tmp_path):
     file = tmp_path / "features"
-    index_pictures(model, folder, file=file)
+    index_images(model, folder, file=file)
     if spoil in ("text", "cut"):
         file.write_bytes(b"my notes" if spoil == "text" else file.read_bytes()[:-40])
     else:
@@ -83,10 +83,10 @@ def test_a_file_that_is_no_index_is_refused_and_kept(spoil, model, folder, tmp_p
         save_file({"features": torch.zeros(1, 2)}, file, metadata=metadata)
     before = file.read_bytes()
     with _expected(spoil):
-        index_pictures(model, folder, file=file)
+        index_images(model, folder, file=file)
     assert spoil == "list" or file.read_bytes() == before
     with pytest.raises(ValueError, match="leave out transform or file"):
-        index_pictures(model, folder, file=file, transform=lambda image: image)
+        index_images(model, folder, file=file, transform=lambda image: image)
 
 
 def _expected(spoil):
@@ -95,7 +95,7 @@ def _expected(spoil):
 
 
 def test_a_notebook_shows_the_hits(model, folder):
-    hits = search(model, get_tokenizer("florence_nano"), index_pictures(model, folder), "<b>red</b>", top=2)
+    hits = search(model, get_tokenizer("florence_nano"), index_images(model, folder), "<b>red</b>", top=2)
     assert isinstance(hits, Hits) and hits == list(hits) and len(hits) == 2
     page = hits._repr_html_()
     assert page.count("data:image/webp;base64,") == 2 and "&lt;b&gt;red" in page

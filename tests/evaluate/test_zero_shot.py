@@ -5,7 +5,7 @@ import torch
 
 from florence_fast.evaluate import build_zero_shot_classifier, zero_shot
 from florence_fast.evaluate.zero_shot import class_indices
-from tests.evaluate.stand_ins import COLOURS, ColourModel, ColourPictures, tokenizer, transform
+from tests.evaluate.stand_ins import COLOURS, ColourImages, ColourModel, tokenizer, transform
 
 
 @pytest.mark.parametrize("num_classes_per_batch", [1, 3, None])
@@ -21,8 +21,8 @@ def test_a_column_is_the_normalised_mean_of_normalised_templates(num_classes_per
         torch.testing.assert_close(column, expected / expected.norm())
 
 
-def test_figures_are_fractions_of_the_pictures_that_were_read():
-    source = ColourPictures(["red", "green", "blue", "yellow"], ["Red ", "green", "yellow", "yellow"])
+def test_figures_are_fractions_of_the_images_that_were_read():
+    source = ColourImages(["red", "green", "blue", "yellow"], ["Red ", "green", "yellow", "yellow"])
     result = zero_shot(ColourModel(), tokenizer, source, list(COLOURS), transform=transform)
     # The third is blue and called yellow: of its wrong names blue is nearer, and red and green tie with yellow.
     assert result == {"top1": 0.75, "top5": 1.0, "top10": 1.0, "classes": 4, "images": 4}

@@ -23,14 +23,14 @@ def tiny_models(monkeypatch):
 
 def test_model_and_transforms_meet():
     model, train, evaluate = ff.create_model_and_transforms("florence_pico", img_size=24)
-    picture = Image.new("RGB", (40, 30), (255, 0, 0))
-    assert train(picture).shape == evaluate(picture).shape == (3, 24, 24)
+    image = Image.new("RGB", (40, 30), (255, 0, 0))
+    assert train(image).shape == evaluate(image).shape == (3, 24, 24)
     mean, std = torch.tensor(model.config.image_mean), torch.tensor(model.config.image_std)
     red = (torch.tensor([1.0, 0.0, 0.0]) - mean) / std
-    torch.testing.assert_close(evaluate(picture)[:, 12, 12], red, rtol=1e-3, atol=1e-3)
-    assert model.encode_image(evaluate(picture)[None]).shape == (1, 12)
+    torch.testing.assert_close(evaluate(image)[:, 12, 12], red, rtol=1e-3, atol=1e-3)
+    assert model.encode_image(evaluate(image)[None]).shape == (1, 12)
     _, _, transform = ff.create_model_and_transforms("coswin_pico", features_only=True)
-    assert transform(picture).shape == (3, 32, 32)
+    assert transform(image).shape == (3, 32, 32)
 
 
 def test_tokenizer_has_the_models_context():
@@ -41,7 +41,7 @@ def test_tokenizer_has_the_models_context():
         ff.get_tokenizer("coswin_pico")
 
 
-def test_nano_reads_pictures_and_words():
+def test_nano_reads_images_and_words():
     model, tokenizer = ff.create_model("florence_nano").eval(), ff.get_tokenizer("florence_nano")
     u, v, _ = model(torch.randn(2, 3, 64, 64), tokenizer(["a cat", "a dog", "a red fruit"]))
     assert (u.shape, v.shape) == ((2, 256), (3, 256))

@@ -101,7 +101,7 @@ def test_checkpointing_reaches_both_towers(model):
     assert model.text.grad_checkpointing
 
 
-def test_it_learns_to_tell_four_pictures_apart():
+def test_it_learns_to_tell_four_images_apart():
     torch.manual_seed(0)
     model, images, tokens = Florence(FLORENCE).train(), torch.randn(4, 3, 16, 16), texts(4, 5, 6, 7)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures on disk."""
+    """Images on disk."""
     return write_pairs(tmp_path_factory.mktemp("pairs"), count=40)
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures on disk."""
+    """Images on disk."""
     return write_pairs(tmp_path_factory.mktemp("pairs"), count=40)
 
 
@@ -34,7 +34,7 @@ def _stage(steps: int, **settings: Any) -> dict[str, Any]:
 
 
 class Damaged:
-    """An augmentation that hands NaN pictures to some steps."""
+    """An augmentation that hands NaN images to some steps."""
 
     def __init__(self, model: Florence, steps: set[int]) -> None:
         self.plain, self.steps = plain_images(model.config), steps
@@ -43,9 +43,9 @@ class Damaged:
         return self.plain(images, image_size, seed, step) * (torch.nan if step in self.steps else 1.0)
 
 
-def test_it_learns_which_name_belongs_to_which_picture(pairs: Path, tmp_path: Path) -> None:
+def test_it_learns_which_name_belongs_to_which_image(pairs: Path, tmp_path: Path) -> None:
     tiny_trainer(pairs, tmp_path, **_stage(20, augment_text=False), log_every_n_steps=5, augment=None).run()
-    # Five names in 32 pictures: no loss is less than the entropy within a name, about log(32 / 5) = 1.9.
+    # Five names in 32 images: no loss is less than the entropy within a name, about log(32 / 5) = 1.9.
     first, *_, last = (float.fromhex(values.split()[0]) for values in losses(tmp_path).values())
     assert first > 3
     assert last < 2.1

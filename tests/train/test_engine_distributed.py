@@ -23,7 +23,7 @@ STAGES = (Stage(3, 16), Stage(2, 32, augment_text=False, window_size=3))
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures on disk."""
+    """Images on disk."""
     return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
@@ -40,7 +40,7 @@ def train(group: dist.ProcessGroup, pairs: Path, out_dir: Path, batch_size: int,
 
 
 def train_cached(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tuple[dict, dict]:
-    """Train on this rank in parts of 4 pictures."""
+    """Train on this rank in parts of 4 images."""
     return _run(pairs, out_dir, PER_RANK, micro_batch_size=4)
 
 
@@ -55,7 +55,7 @@ def train_and_stop(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tupl
 
 
 def train_damaged(group: dist.ProcessGroup, pairs: Path, out_dir: Path) -> tuple[dict, dict]:
-    """Train while rank 2, and no other, sees NaN pictures in its second step."""
+    """Train while rank 2, and no other, sees NaN images in its second step."""
     plain = plain_images(tiny_model().config)
 
     def damage(images: Tensor, image_size: int, seed: int, step: int) -> Tensor:

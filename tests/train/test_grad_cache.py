@@ -344,7 +344,7 @@ def test_a_grad_scaler_finds_the_gradients_scaled_and_unscales_them():
 
 
 class ThreeTowers(TwoTowers):
-    """A third tower sees depth, of other rows than the pictures."""
+    """A third tower sees depth, of other rows than the images."""
 
     def __init__(self) -> None:
         super().__init__(drop_path=0.5)

@@ -29,7 +29,7 @@ PATIENCE_SECONDS = 600
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures on disk."""
+    """Images on disk."""
     return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 

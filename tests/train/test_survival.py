@@ -29,7 +29,7 @@ TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures on disk."""
+    """Images on disk."""
     return write_pairs(tmp_path_factory.mktemp("pairs"), count=40)
 
 

@@ -1,7 +1,7 @@
 """A training run of seconds, as functions for tests and as a program for their child processes.
 
-It has what could break an equality to the bit: 24 heads in one stage, drop path, augmented pictures and texts, a
-moving average, epochs that end inside a batch, and a border between stages where batch, picture and window change.
+It has what could break an equality to the bit: 24 heads in one stage, drop path, augmented images and texts, a
+moving average, epochs that end inside a batch, and a border between stages where batch, image and window change.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def tokenizer(texts: list[str]) -> torch.Tensor:
 
 
 def write_pairs(folder: Path, count: int = 80) -> Path:
-    """Write ``count`` noisy pictures of five colours with names and keywords, and return their table."""
+    """Write ``count`` noisy images of five colours with names and keywords, and return their table."""
     draw = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

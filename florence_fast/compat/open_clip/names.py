@@ -150,7 +150,7 @@ def create_model_and_transforms(
     load_weights: bool = True,
     **kwargs: Any,
 ) -> tuple[Any, Callable[[Any], Tensor], Callable[[Any], Tensor]]:
-    """Build a model and the two transforms that bring pictures to it.
+    """Build a model and the two transforms that bring images to it.
 
     Returns:
         ``(model, transform for training, transform for evaluation)``; arguments and errors are `create_model`'s.

@@ -79,8 +79,8 @@ SUBJECT = Subject(
     op="deform_conv2d",
     checked=(_case("3x3, 64 channels", 2, 17, 23, 64), _case("3x3, 256 channels", 1, 13, 21, 256)),
     timed={
-        "cpu": _case("Dynamic Head level 5, 2 pictures", 2, 25, 38, 256),
-        "cuda": _case("Dynamic Head level 3, 8 pictures", 8, 100, 152, 256),
+        "cpu": _case("Dynamic Head level 5, 2 images", 2, 25, 38, 256),
+        "cuda": _case("Dynamic Head level 3, 8 images", 8, 100, 152, 256),
     },
     rivals={"eager": _eager},
     small=(

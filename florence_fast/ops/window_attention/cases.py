@@ -134,7 +134,7 @@ def eager(
 def sdpa(
     qkv: Tensor, rel_pos_bias_table: Tensor, *, cut: Cut, num_heads: int, index: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Fold bias and mask into one additive mask (M*h, N, N), which every picture of the batch shares."""
+    """Fold bias and mask into one additive mask (M*h, N, N), which every image of the batch shares."""
     q, k, v = (
         x.unflatten(0, (-1, cut.num_windows)).flatten(1, 2) for x in partition(qkv, cut, 3, num_heads, qkv.dtype)
     )  # (B, M*h, N, d)
@@ -185,8 +185,8 @@ SUBJECT = Subject(
         case("12x12 shifted", Shape(batch=1, height=24, width=24, heads=2, window=12, shift=6)),
     ),
     timed={
-        "cpu": case("Swin-T stage 1, 8 pictures", Shape(batch=8, height=56, width=56, heads=3)),
-        "cuda": case("Swin-T stage 1, 128 pictures", Shape(batch=128, height=56, width=56, heads=3)),
+        "cpu": case("Swin-T stage 1, 8 images", Shape(batch=8, height=56, width=56, heads=3)),
+        "cuda": case("Swin-T stage 1, 128 images", Shape(batch=128, height=56, width=56, heads=3)),
     },
     rivals={"eager": rival(eager), "sdpa": rival(sdpa)},
     small=(

@@ -44,7 +44,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, mask: Tensor) -> Ten
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, mask: Tensor) -> Tensor:
-    """Fold bias and mask into one additive mask, which every picture of the batch shares."""
+    """Fold bias and mask into one additive mask, which every image of the batch shares."""
     added = (bias.to(q.dtype) + mask[:, None]).flatten(0, 1)
     q, k, v = (x.unflatten(0, (-1, len(mask))).flatten(1, 2) for x in (q, k, v))  # (B, M*h, N, d)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=added.expand(len(q), -1, -1, -1))
@@ -65,8 +65,8 @@ SUBJECT = Subject(
     op="window_attention_partitioned",
     checked=(case("7x7", 32, 16, 3, 49, 32), case("12x12", 8, 4, 2, 144, 32)),
     timed={
-        "cpu": case("Swin-T stage 1, 8 pictures", 512, 64, 3, 49, 32),
-        "cuda": case("Swin-T stage 1, 128 pictures", 8192, 64, 3, 49, 32),
+        "cpu": case("Swin-T stage 1, 8 images", 512, 64, 3, 49, 32),
+        "cuda": case("Swin-T stage 1, 128 images", 8192, 64, 3, 49, 32),
     },
     rivals={"eager": rival(eager), "sdpa": rival(sdpa)},
     small=(

@@ -1,4 +1,4 @@
-"""Open pictures that strangers made: known formats only, a limit on their size, and always plain RGB."""
+"""Open images that strangers made: known formats only, a limit on their size, and always plain RGB."""
 
 import errno
 import io
@@ -28,7 +28,7 @@ FORMATS = {
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 
-def open_picture(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image to RGB, transparent parts over white; `to_rgb` says what becomes of each mode.
 
     Args:
@@ -43,10 +43,10 @@ def open_picture(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIX
         ValueError: it is no regular file (but a pipe or a device), or over 1 GiB; it is no image of a known format, is
             damaged or cut short, or has too many pixels.
 
-    >>> open_picture("cat.png").mode
+    >>> open_image("cat.png").mode
     'RGB'
     """
-    name = "picture" if isinstance(file, bytes) else str(file)
+    name = "image" if isinstance(file, bytes) else str(file)
     data = file if isinstance(file, bytes) else _read_regular_file(file)
     # Decoders meet hostile bytes with every kind of exception; to the caller they all mean the same.
     try:

@@ -1,6 +1,6 @@
 """Draw the measured rows: bars against the competitors of each op, the roofline, and the contrastive loss by batch.
 
-What others published stands in the same pictures hatched or hollow, under the word "published".
+What others published stands in the same charts hatched or hollow, under the word "published".
 """
 
 from collections.abc import Callable, Iterable
@@ -28,13 +28,13 @@ RATES = ("TFLOP/s", "GB/s")
 """Units in which a size has a roofline."""
 
 
-def picture_names(device: Device, anchors: Anchors) -> dict[str, str]:
-    """Return the pictures that a device's rows give: file name -> what it shows."""
-    return {name: title for name, (title, _) in _pictures(device, anchors).items()}
+def chart_names(device: Device, anchors: Anchors) -> dict[str, str]:
+    """Return the charts that a device's rows give: file name -> what it shows."""
+    return {name: title for name, (title, _) in _charts(device, anchors).items()}
 
 
 def draw(device: Device, anchors: Anchors, folder: Path) -> list[Path]:
-    """Write the pictures of a device into ``folder``; return the files."""
+    """Write the charts of a device into ``folder``; return the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -42,7 +42,7 @@ def draw(device: Device, anchors: Anchors, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, (title, make) in _pictures(device, anchors).items():
+    for name, (title, make) in _charts(device, anchors).items():
         whole = make(plt)
         whole.suptitle(title, fontsize=10)
         with replacing(folder / name) as beside:
@@ -55,8 +55,8 @@ def draw(device: Device, anchors: Anchors, folder: Path) -> list[Path]:
 Make = Callable[[Any], Any]
 
 
-def _pictures(device: Device, anchors: Anchors) -> dict[str, tuple[str, Make]]:
-    """The file name, the title and what draws it, for each picture that has something to show."""
+def _charts(device: Device, anchors: Anchors) -> dict[str, tuple[str, Make]]:
+    """The file name, the title and what draws it, for each chart that has something to show."""
     prefix, found = slug(device.name), {}
     # What others have measured on GPUs says nothing beside a CPU.
     published = anchors.published if device.is_gpu else []
@@ -162,7 +162,7 @@ def _legend(plt: Any, whole: Any, competitors: list[str], roofline: bool, publis
 
 
 def label(anchor: Published, anchors: Anchors) -> str:
-    """Name a published figure in a picture: by whom, at which size, on what."""
+    """Name a published figure in a chart: by whom, at which size, on what."""
     size = next((f"{name} {anchor.sizes[name]}" for name in ("window", "model") if name in anchor.sizes), "")
     return f"{anchor.by}, {size + ', ' if size else ''}{anchors.sources[anchor.source].device}"
 

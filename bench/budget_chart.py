@@ -1,6 +1,6 @@
 """Draw the static budget: for each GPU, the clocks of every unit as a part of the clocks that set the floor.
 
-One picture of window attention, whose floor is memory, one of its long windows, whose floor is the exponentials, and
+One chart of window attention, whose floor is memory, one of its long windows, whose floor is the exponentials, and
 one of the other ops, whose floor is memory or the products.
 """
 
@@ -34,7 +34,7 @@ WINDOW_BARS = ("issue", "fma", "alu", "mufu", "tensor", "lsu")
 
 
 def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write three pictures for each GPU: the bfloat16 cases with a bar for each unit; return the files."""
+    """Write three charts for each GPU: the bfloat16 cases with a bar for each unit; return the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,7 +43,7 @@ def draw(rows: list[dict[str, Any]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for machine in dict.fromkeys(row["machine"] for row in rows):
-        for prefix, (subject, units, wanted, bars) in PICTURES.items():
+        for prefix, (subject, units, wanted, bars) in CHARTS.items():
             chosen = [row for row in rows if row["machine"] == machine and wanted(row)]
             if not chosen:
                 continue
@@ -71,7 +71,7 @@ def _is_other(row: dict[str, Any]) -> bool:
     return row["op"] != "window_attention" and shown(row) and not row["error"]
 
 
-PICTURES = {
+CHARTS = {
     "budget": ("Window attention", "window and head", _is_window, WINDOW_BARS),
     "budget_long": ("Attention in long windows", "window and head", _is_long, tuple(COLOURS)),
     "budget_ops": ("The other ops", "tile or row", _is_other, tuple(COLOURS)),
