@@ -29,7 +29,6 @@ COMMANDS = (
     "verify",
     "profile",
     "warmup",
-    "budget",
 )
 TINY = ["--pretrained", "none", "--device", "cpu"]
 

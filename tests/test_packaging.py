@@ -145,7 +145,7 @@ def test_the_first_line_of_a_command_says_that_the_build_failed(monkeypatch, cap
     from florence_fast import cli
 
     monkeypatch.setattr(cli, "build_failure", lambda: "c++: not found")
-    assert cli.main(["budget", "--help"]) == cli.main(["--version"]) == 0
+    assert cli.main(["info", "--help"]) == cli.main(["--version"]) == 0
     assert "native" not in capsys.readouterr().err
     assert cli.main(["nothing"]) == 2
     assert "note: the native kernels were not built (c++: not found)" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-// The brightness of the cells of a grid laid over a picture: what perceptual hashes see of it.
+// The brightness of the cells of a grid laid over an image: what perceptual hashes see of it.
 #pragma once
 
 #include <cstdint>

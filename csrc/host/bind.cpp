@@ -64,15 +64,15 @@ py::object near_matches(int threads, const Hashes& queries, const Hashes& hashes
   return rows_of(pairs, complete);
 }
 
-// uint8 (pictures, rows, columns) of pictures (H, W) or (H, W, 3), whose sizes may differ.
-Array<uint8_t> area_means(int threads, const std::vector<Array<uint8_t>>& pictures, int rows, int columns) {
-  const auto count = static_cast<int64_t>(pictures.size());
+// uint8 (images, rows, columns) of images (H, W) or (H, W, 3), whose sizes may differ.
+Array<uint8_t> area_means(int threads, const std::vector<Array<uint8_t>>& images, int rows, int columns) {
+  const auto count = static_cast<int64_t>(images.size());
   Array<uint8_t> cells({static_cast<py::ssize_t>(count), py::ssize_t{rows}, py::ssize_t{columns}});
   uint8_t* out = cells.mutable_data();
   const py::gil_scoped_release unlocked;
   ff::parallel(threads, count, [&](int64_t i) {
-    const auto& picture = pictures[i];
-    ff::area_means(picture.data(), picture.shape(0), picture.shape(1), picture.ndim() == 3 ? 3 : 1, rows, columns,
+    const auto& image = images[i];
+    ff::area_means(image.data(), image.shape(0), image.shape(1), image.ndim() == 3 ? 3 : 1, rows, columns,
                    out + i * rows * columns);
   });
   return cells;

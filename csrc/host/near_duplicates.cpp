@@ -3,7 +3,7 @@
 // Two hashes that differ in at most d bits agree in one of d + 1 bands of bits. So for each band the hashes are dealt
 // to buckets by its bits, and only hashes of one bucket can be a pair. Within a bucket the band's bits are dropped, for
 // they are equal, and what is left is the same question with fewer bits: a large bucket, be it for the number of
-// hashes or because pictures have much in common, is dealt again. A pair that several bands would find belongs to the
+// hashes or because images have much in common, is dealt again. A pair that several bands would find belongs to the
 // first of them.
 #include "near_duplicates.h"
 
@@ -27,7 +27,7 @@ constexpr int hash_bits = 64;
 constexpr int64_t max_tasks = 512;
 constexpr int max_key_bits = 16;
 
-// The bits of a hash in another order, which leaves distances as they are: the neighbours in a picture, which tend to
+// The bits of a hash in another order, which leaves distances as they are: the neighbours in an image, which tend to
 // be equal together, come apart into different bands.
 class Shuffle {
  public:

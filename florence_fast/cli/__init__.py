@@ -23,7 +23,6 @@ import typer
 from florence_fast import env
 from florence_fast.build_failure import build_failure
 from florence_fast.cli import (
-    budget,
     convert,
     demo,
     evaluate,
@@ -55,7 +54,6 @@ app.command("info")(info.command)
 app.command("verify")(verify.command)
 app.command("profile")(profile.command)
 app.command("warmup")(warmup.command)
-app.command("budget", context_settings=budget.PASS_ON)(budget.command)
 
 
 def _print_version(wanted: bool) -> None:

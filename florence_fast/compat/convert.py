@@ -19,14 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from florence_fast.compat import (
-    layouts_clip_text,
-    layouts_hugging_face,
-    layouts_microsoft,
-    layouts_open_clip,
-    layouts_timm,
-    layouts_torchvision,
-)
+from florence_fast.compat import layouts
 from florence_fast.compat.microsoft import coswin_from_swin
 from florence_fast.compat.shapes import model_config, part, refuse_other_swins, shape_of
 from florence_fast.errors import unknown
@@ -91,13 +84,13 @@ def _has_swin_blocks(state: State) -> bool:
 
 
 _READERS: dict[str, tuple[Callable[[State], bool], Callable[[State], State]]] = {
-    "open_clip": (layouts_open_clip.belongs, layouts_open_clip.read),
+    "open_clip": (layouts.open_clip.belongs, layouts.open_clip.read),
     "unicl": (is_unicl, to_our_layout),
     "hugging_face": (
-        lambda state: is_hugging_face_swin(state) or layouts_clip_text.belongs(state),
-        lambda state: (layouts_clip_text.read if layouts_clip_text.belongs(state) else to_our_layout)(state),
+        lambda state: is_hugging_face_swin(state) or layouts.clip_text.belongs(state),
+        lambda state: (layouts.clip_text.read if layouts.clip_text.belongs(state) else to_our_layout)(state),
     ),
-    "torchvision": (layouts_torchvision.belongs, layouts_torchvision.read),
+    "torchvision": (layouts.torchvision.belongs, layouts.torchvision.read),
     "timm": (
         lambda state: _has_swin_blocks(state) and "layers.0.downsample.reduction.weight" not in state,
         to_our_layout,
@@ -106,10 +99,10 @@ _READERS: dict[str, tuple[Callable[[State], bool], Callable[[State], State]]] = 
 }
 _WRITERS: dict[str, Callable[[State, ImageConfig], State]] = {
     "florence_fast": lambda state, config: state,
-    "hugging_face": layouts_hugging_face.write,
-    "timm": layouts_timm.write,
-    "microsoft": layouts_microsoft.write,
-    "torchvision": layouts_torchvision.write,
+    "hugging_face": layouts.hugging_face.write,
+    "timm": layouts.timm.write,
+    "microsoft": layouts.microsoft.write,
+    "torchvision": layouts.torchvision.write,
 }
 SOURCES = ("auto", *_READERS)
 TARGETS = tuple(_WRITERS)
@@ -219,9 +212,9 @@ def _source_config(found: Checkpoint, state: State, read_as: str) -> Config:
         return config_from_dict(values)
     image, text, whole = {}, {}, {}
     if values.get("model_type") == "swin":
-        image = layouts_hugging_face.image_fields(values)
+        image = layouts.hugging_face.image_fields(values)
     elif str(values.get("model_type", "")).startswith("clip"):
-        text = layouts_hugging_face.text_fields(values)
+        text = layouts.hugging_face.text_fields(values)
     elif read_as == "hugging_face":
         text = {"act": "quick_gelu"}
     if read_as == "unicl":
@@ -352,4 +345,4 @@ def _write(out: Path, state: State, config: Config, to: str) -> None:
         # copies, because tensors that share memory (the thirds of a qkv) cannot be written
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, beside, metadata=metadata)
     if file != out:
-        write_json(out / CONFIG_NAME, layouts_hugging_face.config_json(config) if to == "hugging_face" else values)
+        write_json(out / CONFIG_NAME, layouts.hugging_face.config_json(config) if to == "hugging_face" else values)

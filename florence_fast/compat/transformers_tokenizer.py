@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-from florence_fast.data.tokenizer import END, START, Tokenizer, _load
+from florence_fast.data.tokenizer import END, START, Tokenizer, byte_pairs
 
 
 class FlorenceFastTokenizer(PreTrainedTokenizer):
@@ -20,7 +20,7 @@ class FlorenceFastTokenizer(PreTrainedTokenizer):
 
     def __init__(self, model_max_length: int = 77, **kwargs: Any) -> None:
         self._ours = Tokenizer(model_max_length)
-        self._ids = _load().get_vocab()
+        self._ids = byte_pairs().get_vocab()
         self._tokens = {number: token for token, number in self._ids.items()}
         special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
         super().__init__(model_max_length=model_max_length, **{**special, **kwargs})

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from florence_fast.data._threads import one_thread_after_fork
 from florence_fast.data.images import to_rgb
 from florence_fast.data.pairs import PairSource
 from florence_fast.data.resizing import RESIZE_MODES, fit, resize
 from florence_fast.data.sampling import CROP, uniform
+from florence_fast.data.threads import one_thread_after_fork
 from florence_fast.data.transforms import random_crop_box, to_array
 
 # What a loader shows of an image: an evaluation's way of resizing (of which "center" is the older name for "shortest"),

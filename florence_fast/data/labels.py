@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from florence_fast import native
-from florence_fast.data._threads import number_of_threads
+from florence_fast.data.threads import number_of_threads
 
 
 @lru_cache(maxsize=1 << 17)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from florence_fast import native
-from florence_fast.data._threads import number_of_threads
+from florence_fast.data.threads import number_of_threads
 
 MAX_HASHES = 2**32 - 2
 MAX_PAIRS = 10_000_000

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from florence_fast import native
-from florence_fast.data._threads import number_of_threads
 from florence_fast.data.images import oriented, to_rgb
+from florence_fast.data.threads import number_of_threads
 
 log = logging.getLogger(__name__)
 

@@ -48,7 +48,7 @@ def _byte_symbols() -> dict[int, str]:
 
 
 @lru_cache(maxsize=1)
-def _load() -> _BytePairTokenizer:
+def byte_pairs() -> _BytePairTokenizer:
     """Build the tokenizer: 256 byte symbols, the same ending a word, 48,894 merges and two special tokens."""
     with gzip.open(MERGES_FILE, "rt", encoding="utf-8") as lines:
         merges = [cast("tuple[str, str]", tuple(line.split())) for line in lines]
@@ -141,7 +141,7 @@ class Tokenizer:
         byte_of = {symbol: byte for byte, symbol in _byte_symbols().items()}
         text = bytearray()
         for i in ids:
-            token = _load().id_to_token(i)
+            token = byte_pairs().id_to_token(i)
             if token is None:
                 raise ValueError(f"tokens must be ids in [0, {self.vocab_size}), got {i}")
             if i != self.sot_token_id:
@@ -155,7 +155,7 @@ class Tokenizer:
             if not isinstance(text, str):
                 raise TypeError(f"texts must be a str or a sequence of str, got a {type(text).__name__} in it")
         texts = [_clean(text) for text in texts]
-        encoded = [e.ids for e in _load().encode_batch(texts, add_special_tokens=False)]
+        encoded = [e.ids for e in byte_pairs().encode_batch(texts, add_special_tokens=False)]
         for n, text in enumerate(texts):
             if START in text or END in text:
                 encoded[n] = self._encode_with_specials(text)
@@ -166,7 +166,7 @@ class Tokenizer:
         ids: list[int] = []
         end = 0
         for found in _SPECIALS.finditer(text):
-            ids += _load().encode(text[end : found.start()], add_special_tokens=False).ids
-            ids += [cast(int, _load().token_to_id(token)) for token in re.findall("<.*?>", found.group())]
+            ids += byte_pairs().encode(text[end : found.start()], add_special_tokens=False).ids
+            ids += [cast(int, byte_pairs().token_to_id(token)) for token in re.findall("<.*?>", found.group())]
             end = found.end()
-        return ids + _load().encode(text[end:], add_special_tokens=False).ids
+        return ids + byte_pairs().encode(text[end:], add_special_tokens=False).ids

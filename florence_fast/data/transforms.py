@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from florence_fast.data._threads import one_thread_after_fork
 from florence_fast.data.images import open_image, to_rgb
 from florence_fast.data.resizing import INTERPOLATIONS, RESIZE_MODES, fit, resize
+from florence_fast.data.threads import one_thread_after_fork
 from florence_fast.errors import unknown
 
 # Of CLIP's training data, and open_clip's default.

@@ -142,7 +142,7 @@ class ContrastiveLoss(_JoinedLoss):
         labels, all_labels = self._labels(texts, labels, counts)
         weight = positive_weight(labels, all_labels, torch.promote_types(images.dtype, torch.float32))
         if self.gather == "ring":
-            backend = _ring_backend("contrastive_loss", images, texts, scale, labels)
+            backend = ring_backend("contrastive_loss", images, texts, scale, labels)
             options = {"chunk_size": self.chunk_size, "backend": backend, "group": group}
             found = ring_statistics(images, texts, scale, labels, all_labels, weight, counts, **options)
         else:
@@ -212,7 +212,7 @@ class SigmoidLoss(_JoinedLoss):
         counts, texts = self._count(texts, images, scale, bias)
         labels, all_labels = self._labels(texts, labels, counts)
         if self.gather == "ring":
-            options = {"chunk_size": self.chunk_size, "backend": _ring_backend("sigmoid_loss", images)}
+            options = {"chunk_size": self.chunk_size, "backend": ring_backend("sigmoid_loss", images)}
             of_rows = ring_sigmoid_loss(images, texts, scale, bias, labels, all_labels, counts, group=group, **options)
         else:
             all_texts = gather_features(texts, group, counts)
@@ -221,7 +221,7 @@ class SigmoidLoss(_JoinedLoss):
         return scale_gradient(sum_over_ranks(of_rows.sum(), group) / sum(counts), world_size(group))
 
 
-def _ring_backend(op: str, *args: Tensor) -> str:
+def ring_backend(op: str, *args: Tensor) -> str:
     """Return what computes the blocks of a ring; the definition knows no blocks, and the library stands in for it."""
     backend = dispatch.choose(op, *args)
     return "torch" if backend == "reference" else backend

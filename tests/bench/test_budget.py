@@ -18,7 +18,6 @@ from bench.budget_cases import ALLOWED, CASES, LEFT_OUT, select
 from bench.budget_chart import draw
 from bench.budget_rules import broken_rules, rows_of
 from bench.sass import PIPES
-from florence_fast.cli import budget as command
 from tests.counts import COUNTS
 
 ROOT = Path(__file__).parents[2]
@@ -524,30 +523,7 @@ def test_cases_find_the_rows_of_the_calls_that_they_are_about():
     assert {case.name for case in CASES} & asked - measured == set()
 
 
-def test_the_command_passes_its_options_on(monkeypatch):
-    calls = []
-
-    def run(words, check):
-        calls.append(words)
-        return subprocess.CompletedProcess(words, 0)
-
-    monkeypatch.setattr(command.subprocess, "run", run)
-    context = type("Context", (), {"args": ["--check", "--case", "7x7"]})()
-    command.command(context)
-    assert calls[0][-4:] == [str(ROOT), "--check", "--case", "7x7"]
-
-
-def test_the_command_gives_back_the_exit_code_and_runs_from_any_folder(monkeypatch, tmp_path, capfd):
-    import typer
-
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(typer.Exit) as left:
-        command.command(type("Context", (), {"args": ["--case", "9x9"]})())
-    assert left.value.exit_code == 2
-    assert "python -m bench.budget: no case's name contains '9x9'" in capfd.readouterr().err
-
-
-def test_the_command_needs_a_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "CHECKOUT", tmp_path)
-    with pytest.raises(command.WrongUsage, match="needs a checkout of the repository"):
-        command.command(type("Context", (), {"args": []})())
+def test_a_case_that_there_is_not_is_refused(tmp_path):
+    words = [sys.executable, "-m", "bench.budget", "--case", "9x9"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no case's name contains '9x9'" in done.stderr

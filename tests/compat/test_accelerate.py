@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from florence_fast import native, ops
-from florence_fast.compat import pieces
-from florence_fast.compat.accelerate import accelerate, restore
+from florence_fast.compat.accelerate import accelerate, pieces, restore
 from florence_fast.models import Swin
 from tests.compat.hugging_face_models import (
     EXACT,

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from florence_fast.compat import hugging_face
-from florence_fast.compat.accelerate import accelerate, restore
+from florence_fast.compat.accelerate import accelerate, hugging_face, restore
 from tests.compat.hugging_face_models import (
     EXACT,
     OLD_LAYOUT,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import florence_fast as ff
 from florence_fast.cli import convert as cli_convert
 from florence_fast.cli import main
-from florence_fast.compat import layouts_microsoft
+from florence_fast.compat import layouts
 from florence_fast.compat.convert import SOURCES, TARGETS, TEXT_CONFIG_KEY, convert
 from florence_fast.compat.microsoft import coswin_from_swin
 from florence_fast.models import CoSwin, Florence, FlorenceConfig, Swin, TextTower
@@ -133,7 +133,7 @@ def test_microsofts_buffers_are_those_that_their_code_computes(swin, tmp_path):
     index = written["layers.0.blocks.0.attn.relative_position_index"]
     assert index.shape == (16, 16) and index[0, 0] == 24 and index[4, 0] == 24 + 7 and index[0, 1] == 24 - 1
     # against rolled coordinates: tokens may see each other if they were within one window's reach before the roll
-    mask = layouts_microsoft.attention_mask(8, 4)
+    mask = layouts.microsoft.attention_mask(8, 4)
     rolled = torch.arange(8).roll(-2)
     for window, (rows, columns) in enumerate([(range(r, r + 4), range(c, c + 4)) for r in (0, 4) for c in (0, 4)]):
         places = [(int(rolled[r]), int(rolled[c])) for r in rows for c in columns]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from florence_fast.compat import layouts_hugging_face, layouts_timm, layouts_torchvision
+from florence_fast.compat import layouts
 from florence_fast.compat.convert import convert
 from florence_fast.compat.microsoft import coswin_from_swin
 from florence_fast.models import Florence, FlorenceConfig, ImageConfig, Swin, TextConfig
@@ -59,9 +59,9 @@ def open_clip() -> dict[str, torch.Tensor]:
 
 LAYOUTS = {
     "microsoft": SWIN.state_dict(),
-    "hugging_face": layouts_hugging_face.write(SWIN.state_dict(), IMAGE),
-    "timm": layouts_timm.write(SWIN.state_dict(), IMAGE),
-    "torchvision": layouts_torchvision.write(SWIN.state_dict(), IMAGE),
+    "hugging_face": layouts.hugging_face.write(SWIN.state_dict(), IMAGE),
+    "timm": layouts.timm.write(SWIN.state_dict(), IMAGE),
+    "torchvision": layouts.torchvision.write(SWIN.state_dict(), IMAGE),
     "clip_text": clip_text(),
     "unicl": unicl(),
     "open_clip": open_clip(),

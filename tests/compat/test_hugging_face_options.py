@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from florence_fast import ops
 from florence_fast.compat.accelerate import accelerate, restore
-from florence_fast.compat.options import Options
+from florence_fast.compat.accelerate.options import Options
 from tests.compat.hugging_face_models import (
     EXACT,
     RAGGED,

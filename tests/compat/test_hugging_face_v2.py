@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from florence_fast import ops
-from florence_fast.compat import pieces
-from florence_fast.compat.accelerate import accelerate, restore
+from florence_fast.compat.accelerate import accelerate, pieces, restore
 from tests.compat.hugging_face_models import assert_equal_to_rounding, error, run
 
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from torch import nn
 
 import florence_fast as ff
 from florence_fast import processor
-from florence_fast.compat import leaves
+from florence_fast.compat.accelerate import leaves
 from florence_fast.ops import _product
 from florence_fast.processor import Units
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from florence_fast.compat import timm_v2_cr
-from florence_fast.compat.accelerate import accelerate, restore
+from florence_fast.compat.accelerate import accelerate, restore, timm_v2_cr
 from tests.compat import third_party
 from tests.compat.third_party import assert_as_good_in_bf16, assert_equal_to_rounding, error, randomize, run
 

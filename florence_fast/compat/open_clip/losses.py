@@ -29,7 +29,7 @@ from florence_fast.ops.contrastive_loss import contrastive_loss
 from florence_fast.ops.logits.checks import check_features, check_scalar
 from florence_fast.ops.sigmoid_loss import sigmoid_loss, sigmoid_loss_of_rows
 from florence_fast.train import distributed
-from florence_fast.train.loss import ContrastiveLoss, _ring_backend
+from florence_fast.train.loss import ContrastiveLoss, ring_backend
 from florence_fast.train.ring import ring_sigmoid_loss
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
@@ -228,7 +228,7 @@ class SigLipLoss(_OpenClipLoss):
         everyone = torch.arange(sum(counts), device=images.device)
         own = everyone.split(counts)[self.rank]
         if self.dist_impl in ("bidir", "shift"):
-            backend = _ring_backend("sigmoid_loss", images)
+            backend = ring_backend("sigmoid_loss", images)
             options: dict[str, Any] = {"chunk_size": None, "backend": backend, "group": None}
             of_rows = ring_sigmoid_loss(images, texts, scale, bias, own, everyone, counts, **options)
         else:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from florence_fast.compat.layouts_microsoft import stage_side
+from florence_fast.compat.layouts.microsoft import stage_side
 from florence_fast.models.config import ImageConfig
 from florence_fast.models.layouts import State
 

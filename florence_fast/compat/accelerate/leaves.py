@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from florence_fast import ops, processor
-from florence_fast.compat.overlay import lay_over
+from florence_fast.compat.accelerate.overlay import lay_over
 from florence_fast.models.layers import is_plain
 from florence_fast.ops.linear import convolution, is_slow
 

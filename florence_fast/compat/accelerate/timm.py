@@ -2,7 +2,7 @@
 
 timm itself is not imported: layers are known by module and name of their class and by their parts. Sizes are read from
 the layer at every call, so that ``set_input_size`` and dynamic image sizes may come later. timm rolls the map before it
-completes the last windows, others after; `_swin_block.attend` does both.
+completes the last windows, others after; `swin_block.attend` does both.
 
 The attention of a call that the op would not compute the same goes through timm's own, the rest of the block stays:
 dropout of the weights in training, hooks inside the attention, a shifted axis of one window (dynamic sizes,
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from florence_fast.compat import _swin_block as swin
-from florence_fast.compat import merges, pieces
-from florence_fast.compat.options import Options
+from florence_fast.compat.accelerate import merges, pieces
+from florence_fast.compat.accelerate import swin_block as swin
+from florence_fast.compat.accelerate.options import Options
 from florence_fast.models.layers import is_plain
 
 _V1, _V2 = "timm.models.swin_transformer", "timm.models.swin_transformer_v2"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from florence_fast.compat.layouts_microsoft import relative_position_index
+from florence_fast.compat.layouts.microsoft import relative_position_index
 from florence_fast.models.config import ImageConfig
 from florence_fast.models.layouts import State
 

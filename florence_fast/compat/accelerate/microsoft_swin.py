@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from florence_fast.compat import _own_attention, pieces
-from florence_fast.compat import _swin_block as swin
-from florence_fast.compat.options import Options
+from florence_fast.compat.accelerate import pieces, their_attention
+from florence_fast.compat.accelerate import swin_block as swin
+from florence_fast.compat.accelerate.options import Options
 
 LOOKS_FOR = "blocks laid out as Microsoft's SwinTransformerBlock"
 
@@ -78,7 +78,7 @@ def _own_attention_of(block: nn.Module, x: Tensor, mask: Tensor | None) -> Tenso
     """Map (B, H, W, C) to the same by the block's own attention, under the mask that its shifted windows were given."""
     shift = block.shift_size
     attend = partial(block.attn, mask=mask if shift else None)
-    return _own_attention.through_windows(x, block.window_size, shift, attend)
+    return their_attention.through_windows(x, block.window_size, shift, attend)
 
 
 def _needs_own_forward(block: nn.Module, size: tuple[int, int], options: Options) -> bool:
@@ -182,4 +182,4 @@ def _trial_inputs(block: nn.Module, generator: torch.Generator, is_told: bool) -
     window, shift = block.window_size, block.shift_size
     block.H, block.W = 2 * window - 1, window + 1
     x = torch.randn(1, block.H * block.W, channels, generator=generator)
-    return x, _own_attention.shift_mask(x.unflatten(1, (block.H, block.W)), window, shift)
+    return x, their_attention.shift_mask(x.unflatten(1, (block.H, block.W)), window, shift)

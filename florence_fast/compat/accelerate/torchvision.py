@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.compat import _swin_block as swin
-from florence_fast.compat import merges, pieces
-from florence_fast.compat.options import Options
+from florence_fast.compat.accelerate import merges, pieces
+from florence_fast.compat.accelerate import swin_block as swin
+from florence_fast.compat.accelerate.options import Options
 from florence_fast.models.layers import is_plain
 
 _2D, _3D = "torchvision.models.swin_transformer", "torchvision.models.video.swin_transformer"

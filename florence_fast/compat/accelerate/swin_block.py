@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.compat import merges, pieces
-from florence_fast.compat.options import Options
+from florence_fast.compat.accelerate import merges, pieces
+from florence_fast.compat.accelerate.options import Options
 from florence_fast.models import layers
 
 _MLPS = {"Mlp", "MLP", "MLPBlock"}

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from florence_fast.compat import _swin_block as swin
-from florence_fast.compat import merges, microsoft_swin, pieces
-from florence_fast.compat.options import Options
+from florence_fast.compat.accelerate import merges, microsoft_swin, pieces
+from florence_fast.compat.accelerate import swin_block as swin
+from florence_fast.compat.accelerate.options import Options
 
 LOOKS_FOR = "merges laid out as Microsoft's PatchMerging"
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from florence_fast import native
-from florence_fast.compat import (
+from florence_fast.compat.accelerate import (
     hugging_face,
     hugging_face_v2,
     leaves,
@@ -28,8 +28,8 @@ from florence_fast.compat import (
     timm_v2_cr,
     torchvision,
 )
-from florence_fast.compat.options import Options
-from florence_fast.compat.overlay import lay_over, take_off
+from florence_fast.compat.accelerate.options import Options
+from florence_fast.compat.accelerate.overlay import lay_over, take_off
 from florence_fast.ops import dispatch
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.compat import pieces
+from florence_fast.compat.accelerate import pieces
 from florence_fast.models.layers import is_plain
 
 SWIN_CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))

@@ -1,7 +1,7 @@
 """MONAI's Swin, 2-D and 3-D, as inside SwinUNETR, on `florence_fast.ops`.
 
 MONAI itself is not imported: layers are known by module and name of their class. Windows shrink to a small map, with a
-bias of their own (`_swin_block.shrunken`). The mask that MONAI's stage computes for its blocks is not read: the op
+bias of their own (`swin_block.shrunken`). The mask that MONAI's stage computes for its blocks is not read: the op
 knows it. ``use_flash_attention`` has no effect on blocks that are swapped. Where the attention is their own, so is the
 norm before it: one method of theirs computes both.
 
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from florence_fast.compat import _swin_block as swin
-from florence_fast.compat import merges, pieces
-from florence_fast.compat.options import Options
+from florence_fast.compat.accelerate import merges, pieces
+from florence_fast.compat.accelerate import swin_block as swin
+from florence_fast.compat.accelerate.options import Options
 
 _NETS = "monai.networks.nets.swin_unetr"
 BLOCKS = {(_NETS, "SwinTransformerBlock")}

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from florence_fast.compat import _swin_block as swin
-from florence_fast.compat import merges, pieces
-from florence_fast.compat.options import Options
+from florence_fast.compat.accelerate import merges, pieces
+from florence_fast.compat.accelerate import swin_block as swin
+from florence_fast.compat.accelerate.options import Options
 
 _MODELS = "timm.models.swin_transformer_v2_cr"
 BLOCKS = {(_MODELS, "SwinTransformerV2CrBlock")}

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.compat import _own_attention, merges, pieces
-from florence_fast.compat.options import Options
-from florence_fast.compat.pieces import StandIn
+from florence_fast.compat.accelerate import merges, pieces, their_attention
+from florence_fast.compat.accelerate.options import Options
+from florence_fast.compat.accelerate.pieces import StandIn
 from florence_fast.models.layers import is_plain
 
 LAYERS = {
@@ -223,13 +223,13 @@ def own_attention(
     """Map (B, H*W, C) to the same by the layer's own attention, and by a dropout that sees windows as well."""
     x = x.unflatten(1, tuple(input_dimensions))
     window, shift = int(layer.window_size), int(layer.shift_size)
-    mask = _own_attention.shift_mask(x, window, shift)
+    mask = their_attention.shift_mask(x, window, shift)
 
     def attend(windows: Tensor) -> Tensor:
         out = layer.attention(windows, mask)[0]
         return out if dropout is None else dropout(out)
 
-    return _own_attention.through_windows(x, window, shift, attend).flatten(1, 2)
+    return their_attention.through_windows(x, window, shift, attend).flatten(1, 2)
 
 
 def _window(table: Tensor) -> int:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.compat import hugging_face, merges, pieces
-from florence_fast.compat.hugging_face import Parts
-from florence_fast.compat.options import Options
-from florence_fast.compat.pieces import StandIn
+from florence_fast.compat.accelerate import hugging_face, merges, pieces
+from florence_fast.compat.accelerate.hugging_face import Parts
+from florence_fast.compat.accelerate.options import Options
+from florence_fast.compat.accelerate.pieces import StandIn
 
 LAYERS = {
     ("transformers.models.swinv2.modeling_swinv2", "Swinv2Layer"),

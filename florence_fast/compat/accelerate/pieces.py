@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from florence_fast import ops
-from florence_fast.compat.options import Options
+from florence_fast.compat.accelerate.options import Options
 from florence_fast.models.layers import is_plain
 
 Classes = Set[tuple[str, str]]
