@@ -189,7 +189,7 @@ def test_train_writes_a_run_and_continues_it(pairs, tmp_path, capsys):
     assert main([*common, "--steps", "2"]) == 0
     checkpoints = tmp_path / "run" / "checkpoints"
     said = capsys.readouterr().out
-    assert f"next: florence-fast evaluate zero-shot --model florence_nano --pretrained {tmp_path / 'run'} " in said
+    assert f"next: florence-fast evaluate zero-shot --pretrained {tmp_path / 'run'} " in said
     params = (tmp_path / "run" / "params.txt").read_text()
     assert "model: florence_nano\n" in params and f"data: {pairs}\n" in params and "commit: " in params
     losses = [json.loads(line)["loss"] for line in (checkpoints / "results.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ from florence_fast.cli.table_flags import CsvCaptionKey, CsvImgKey, CsvSeparator
 from florence_fast.cli.usage import (
     BatchSize,
     Device,
-    Model,
+    ModelOfWeights,
     Precision,
     Pretrained,
     ResizeMode,
@@ -60,7 +60,7 @@ def zero_shot(
             help="plain (the name itself), simple (7) or openai (80 sentences).",
         ),
     ] = "plain",
-    model: Model = "florence_nano",
+    model: ModelOfWeights = None,
     pretrained: Pretrained = None,
     out: Out = None,
     batch_size: BatchSize = 256,
@@ -74,7 +74,7 @@ def zero_shot(
     from florence_fast.evaluate.features import device_of
 
     check_out_file("--out", out)
-    pretrained = weights_of(model, pretrained)
+    model, pretrained = weights_of(model, pretrained)
     with refusals_as_wrong_usage():
         source, texts = with_texts(_open(data, csv_img_key, csv_caption_key, csv_separator))
         names = _class_names(classnames, data, texts)
@@ -95,7 +95,7 @@ def retrieval(
     csv_caption_key: CsvCaptionKey = "title",
     csv_separator: CsvSeparator = None,
     template: Annotated[str, typer.Option("--template", help="What is asked; {} stands for the text.")] = "{}",
-    model: Model = "florence_nano",
+    model: ModelOfWeights = None,
     pretrained: Pretrained = None,
     out: Out = None,
     batch_size: BatchSize = 256,
@@ -109,7 +109,7 @@ def retrieval(
     from florence_fast.evaluate.features import device_of
 
     check_out_file("--out", out)
-    pretrained = weights_of(model, pretrained)
+    model, pretrained = weights_of(model, pretrained)
     with refusals_as_wrong_usage():
         fill(template, "")
         source = _open(data, csv_img_key, csv_caption_key, csv_separator)
@@ -124,7 +124,10 @@ def retrieval(
 @commands.command("classification")
 def classification(
     data: Annotated[str, typer.Option("--data", help="Folder with one folder a class.")],
-    model: Annotated[str, typer.Option("--model", help="Folder of a run of `train classification`, or its weights.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", "--pretrained", help="Folder of a run of `train classification`, or its weights."),
+    ],
     out: Out = None,
     batch_size: BatchSize = 64,
     precision: Precision = "auto",

@@ -46,7 +46,7 @@ def command(
     from florence_fast.models import create_model
 
     check_out_file("OUT", out)
-    pretrained = weights_of(model, pretrained)
+    model, pretrained = weights_of(model, pretrained)
     with refusals_as_wrong_usage():
         net = create_model(model, pretrained)
         done = export(

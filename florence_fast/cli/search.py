@@ -10,7 +10,7 @@ from florence_fast.cli.outputs import check_out_file, check_out_folder
 from florence_fast.cli.usage import (
     BatchSize,
     Device,
-    Model,
+    ModelOfWeights,
     Precision,
     Pretrained,
     ResizeMode,
@@ -30,7 +30,7 @@ def command(
     images: Annotated[Path, typer.Option("--images", help="Folder of images, searched with all folders in it.")],
     query: Annotated[list[str], typer.Option("--query", help="The words to search for; repeat it for more searches.")],
     top: Annotated[int, typer.Option("--top", min=1, help="How many images to show.")] = 12,
-    model: Model = "florence_nano",
+    model: ModelOfWeights = None,
     pretrained: Pretrained = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of results.json and contact_sheet.html.")] = Path(
         "runs/search"
@@ -62,7 +62,7 @@ def command(
         if index is not None:
             check_feature_file(index)
         folder = ImageFolder(images)
-    pretrained = weights_of(model, pretrained, note=True)
+    model, pretrained = weights_of(model, pretrained, note=True)
     net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
     precision = settle_precision(precision, device_of(net))
     indexed = index_images(net, folder, batch_size=batch_size, precision=precision, progress=True, file=index)

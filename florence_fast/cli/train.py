@@ -4,6 +4,7 @@ Flags of the engine and of a task are generated from their dataclasses, with ope
 same. What is not given keeps the value that the file of ``--config``, or else the dataclass, says.
 """
 
+import dataclasses
 import itertools
 import os
 import shlex
@@ -145,6 +146,8 @@ def command_of(task: "type[Task]") -> Callable[..., None]:
         device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1.", show_default="a GPU if any")] = None,
     ) -> None:
         inputs = task.inputs(**fields_in(task.inputs, given))
+        if "model" not in given:
+            inputs = _of_its_weights(inputs)
         length = Length(image_size, epochs, steps, save_frequency, val_frequency, given.pop("accum_freq", 1))
         if report_to is not None:
             given |= {board: board in report_to.split(",") for board in BOARDS}
@@ -162,6 +165,15 @@ def command_of(task: "type[Task]") -> Callable[..., None]:
         help = "Batches joined in one loss (gradient cache)."
         flags.append(keyword("accum_freq", int | None, typer.Option(min=1, show_default="1", help=help)))
     return with_flags(train, flags)
+
+
+def _of_its_weights(inputs: "Inputs") -> "Inputs":
+    """Take the model that the weights are of, where they say so: a run's folder as --pretrained names it too."""
+    from florence_fast.models.factory import model_of_weights
+
+    with refusals_as_wrong_usage():
+        model = model_of_weights(inputs.pretrained)
+    return inputs if model is None else dataclasses.replace(inputs, model=model)
 
 
 def _train(task: "type[Task]", inputs: "Inputs", wanted: Wanted, place: Place) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -34,6 +34,15 @@ def one_of(*known: str) -> Callable[[str], str]:
 
 Model = Annotated[
     str, typer.Option("--model", help="Name or folder of the model; an unknown name lists those that there are.")
+]
+DEFAULT_MODEL = "florence_nano"
+ModelOfWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Name or folder of the model; an unknown name lists those that there are.",
+        show_default=f"that of a folder or file as --pretrained, or else {DEFAULT_MODEL}",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of what is drawn at random.")]
 Pretrained = Annotated[
@@ -106,7 +115,7 @@ def load(
 ) -> tuple["Florence", Any]:
     """Create a dual encoder on its device, with its tokenizer; a name, tag or device that is not there is wrong usage.
 
-    ``pretrained`` is what `weights_of` returns.
+    ``model`` and ``pretrained`` are what `weights_of` returns.
     """
     import florence_fast as ff
 
@@ -117,8 +126,18 @@ def load(
         return net, tokenizer
 
 
-def weights_of(model: str, pretrained: str | None, note: bool = False) -> str | None:
-    """Return what ``--pretrained`` means: the model's first tag or own weights if it is not given, None for 'none'.
+class Weights(NamedTuple):
+    """A model and its weights, as `create_model` takes them."""
+
+    model: str
+    pretrained: str | None
+
+
+def weights_of(model: str | None, pretrained: str | None, note: bool = False) -> Weights:
+    """Return what ``--model`` and ``--pretrained`` mean together.
+
+    A model that is not named is the one that a folder or file of weights is of, or else `DEFAULT_MODEL`. Weights that
+    are not named are the model's own, or those of its first tag; 'none' means drawn ones.
 
     Args:
         model: the value of ``--model``.
@@ -129,20 +148,23 @@ def weights_of(model: str, pretrained: str | None, note: bool = False) -> str | 
         WrongUsage: the model is not known, or comes without weights and none are given.
     """
     from florence_fast.models import list_pretrained
-    from florence_fast.models.factory import local_path, model_config
+    from florence_fast.models.factory import local_path, model_config, model_of_weights
 
+    if model is None:
+        with refusals_as_wrong_usage():
+            model = model_of_weights(pretrained) or DEFAULT_MODEL
     if pretrained is None:
         with refusals_as_wrong_usage():
             model_config(model)
         if local_path(model) is not None:
-            return None
+            return Weights(model, None)
         tags = [tag for name, tag in list_pretrained() if name == model]
         if not tags:
             raise WrongUsage(f"{model} comes without weights: give --pretrained a file, or 'none' for random ones")
         pretrained = tags[0]
     if note and (model, pretrained) in list_pretrained():
         print(f"note: the weights {pretrained!r} were trained on emoji, not on photographs", file=sys.stderr)
-    return None if pretrained == "none" else pretrained
+    return Weights(model, None if pretrained == "none" else pretrained)
 
 
 def settle_precision(word: str, device: "str | torch.device") -> str:

@@ -47,11 +47,11 @@ def command(
     if not device.startswith("cuda"):
         print(f"Nothing to compile ahead: kernels are compiled for GPUs, and this would run on {device!r}.")
         return
-    from florence_fast.models import get_model_config
+    from florence_fast.models.factory import model_config
     from florence_fast.warmup import warm_up
 
     with refusals_as_wrong_usage():
-        get_model_config(model)
+        model_config(model)
     precision = settle_precision(precision, device)
     terminal = console()
     with terminal.status(f"running {model}"):

@@ -7,7 +7,7 @@ import stat
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Pillow's own limit; its warning from here on counts as an error. To allow more, raise both this and Pillow's.
 MAX_PIXELS = 89_478_485
@@ -48,6 +48,8 @@ def open_image(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXEL
     """
     name = "image" if isinstance(file, bytes) else str(file)
     data = file if isinstance(file, bytes) else _read_regular_file(file)
+    if not data:
+        raise ValueError(f"cannot read {name}: it is empty, 0 bytes")
     # Decoders meet hostile bytes with every kind of exception; to the caller they all mean the same.
     try:
         with warnings.catch_warnings():
@@ -57,6 +59,8 @@ def open_image(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXEL
         if pixels > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels:,}")
         return to_rgb(image)
+    except UnidentifiedImageError as error:  # whose own words name our buffer
+        raise ValueError(f"cannot read {name}: cannot identify image file") from error
     except Exception as error:
         raise ValueError(f"cannot read {name}: {str(error) or type(error).__name__}") from error
 

@@ -15,8 +15,8 @@ from florence_fast.errors import did_you_mean
 from florence_fast.models.config import IMAGENET_MEAN, IMAGENET_STD, FlorenceConfig, ImageConfig
 from florence_fast.models.florence import Florence, build_tower
 from florence_fast.models.names import DualEncoderName, TowerName
-from florence_fast.models.pretrained import find_pretrained, fit_state
-from florence_fast.models.reading import PICKLED, WEIGHTS_NAME, Checkpoint, read_checkpoint
+from florence_fast.models.pretrained import find_pretrained, fit_state, list_pretrained
+from florence_fast.models.reading import Checkpoint, holds_weights, read_checkpoint, read_config
 from florence_fast.models.registry import ModelConfig, config_from_dict, get_model_config, list_models
 from florence_fast.models.tower import FeatureExtractor, ImageTower
 from florence_fast.precision import cast_weights, check_precision
@@ -183,18 +183,10 @@ def _plan(
     model_name: str | os.PathLike[str], pretrained: str | os.PathLike[str] | None
 ) -> tuple[ModelConfig, Checkpoint | None]:
     """Find configuration and weights; a configuration that comes with the weights is followed where it may differ."""
-    local = local_path(model_name)
-    if local is None:
-        named, checkpoint = get_model_config(os.fspath(model_name)), None
-    else:
-        checkpoint = read_checkpoint(local)
-        if checkpoint.config is None:
-            raise ValueError(
-                f"{checkpoint.path} holds no configuration: give the model's name, and this as pretrained="
-            )
-        named = config_from_dict(checkpoint.config)
+    named = model_config(model_name)
     if pretrained is None or pretrained is False or pretrained == "":
-        return named, checkpoint
+        local = local_path(model_name)
+        return named, None if local is None else read_checkpoint(local)
     checkpoint = read_checkpoint(find_pretrained(os.fspath(model_name), pretrained))
     if checkpoint.config is None:
         return named, checkpoint
@@ -225,9 +217,7 @@ def local_path(model_name: str | os.PathLike[str]) -> Path | None:
 
 def _looks_like_a_path(name: str) -> bool:
     """Say whether a name has a separator, or is that of a folder or file with weights; others may be of open_clip."""
-    path = Path(name)
-    is_saved = path.suffix in (".safetensors", *PICKLED) or (path / WEIGHTS_NAME).is_file()
-    return is_saved or (os.sep in name and ":" not in name)
+    return (os.sep in name and ":" not in name) or holds_weights(Path(name))
 
 
 def model_config(model_name: str | os.PathLike[str]) -> ModelConfig:
@@ -236,7 +226,31 @@ def model_config(model_name: str | os.PathLike[str]) -> ModelConfig:
     Raises:
         ValueError, FileNotFoundError: as `create_model`.
     """
-    return _plan(model_name, None)[0]
+    local = local_path(model_name)
+    if local is None:
+        return get_model_config(os.fspath(model_name))
+    values = read_config(local)
+    if values is None:
+        raise ValueError(f"{local} holds no configuration: give the model's name, and this as pretrained=")
+    return config_from_dict(values)
+
+
+def model_of_weights(pretrained: str | os.PathLike[str] | None) -> str | None:
+    """Return the name under which `create_model` builds the model that weights are of: their own path.
+
+    Args:
+        pretrained: as for `create_model`.
+
+    Returns:
+        None for a tag, for no weights, and for weights that state no configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: ``pretrained`` is a path, and what is there are no weights.
+    """
+    tags = [tag for _, tag in list_pretrained()]
+    if not pretrained or pretrained in ("none", *tags) or not Path(pretrained).exists():
+        return None
+    return None if read_config(pretrained) is None else os.fspath(pretrained)
 
 
 def _differences(named: ModelConfig, saved: ModelConfig) -> list[str]:

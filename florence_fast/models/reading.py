@@ -9,7 +9,8 @@ import argparse
 import errno
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,25 +68,69 @@ def read_tensors(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
+    _check_file(path)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix not in (".safetensors", *PICKLED):
         raise ValueError(f"{path} must end in .safetensors or in one of {', '.join(PICKLED)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: 0 bytes")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the model's configuration that weights state, which takes no tensors; None where they state none.
+
+    Args:
+        path: as for `read_tensors`.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as `read_tensors`, except for damaged tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        file = weights_in(path)
+        return read_config(file) or _config_beside(file)
+    _check_file(path)
+    return _header(path)[0] if path.suffix == ".safetensors" else None
+
+
+def holds_weights(path: Path) -> bool:
+    """Say whether ``path`` is a folder of `save_pretrained` or of a training run, or a file named like weights."""
+    if path.suffix in (".safetensors", *PICKLED):
+        return True
+    return path.is_dir() and ((path / WEIGHTS_NAME).is_file() or _newest_of_a_run(path) is not None)
+
+
+def weights_in(folder: Path) -> Path:
+    """Return the file of weights in a folder of `save_pretrained` or of a training run.
+
+    Raises:
+        FileNotFoundError: it holds neither.
+    """
+    if (folder / WEIGHTS_NAME).is_file():
+        return folder / WEIGHTS_NAME
+    if (newest := _newest_of_a_run(folder)) is not None:
+        return newest
+    names = sorted(p.name for p in folder.iterdir())[:8]
+    raise FileNotFoundError(f"{folder} holds no {WEIGHTS_NAME}, only {names}")
 
 
 def _read_folder(path: Path) -> Checkpoint:
-    if not (path / WEIGHTS_NAME).is_file():
-        if (newest := _newest_of_a_run(path)) is not None:
-            return read_tensors(newest)
-        names = sorted(p.name for p in path.iterdir())[:8]
-        raise FileNotFoundError(f"{path} holds no {WEIGHTS_NAME}, only {names}")
-    found, beside = read_tensors(path / WEIGHTS_NAME), path / CONFIG_NAME
-    if found.config is None and beside.is_file():
-        return replace(found, config=_config(read_json(beside), str(beside)))
-    return found
+    file = weights_in(path)
+    found = read_tensors(file)
+    return found if found.config is not None else replace(found, config=_config_beside(file))
+
+
+def _config_beside(file: Path) -> dict[str, Any] | None:
+    """Return the configuration in the ``config.json`` beside the weights of `save_pretrained`."""
+    beside = file.parent / CONFIG_NAME
+    if file.name != WEIGHTS_NAME or not beside.is_file():
+        return None
+    return _config(read_json(beside), str(beside))
 
 
 def _newest_of_a_run(folder: Path) -> Path | None:
@@ -108,18 +153,30 @@ def _config(values: Any, source: str) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
+    with _opened(path) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return Checkpoint(path, _unwrapped(state, path), *_header(path))
+
+
+def _header(path: Path) -> tuple[dict[str, Any] | None, Mapping[str, str]]:
+    """Return the configuration in the header of a safetensors file, and all that the header says."""
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    source, config = f"{CONFIG_KEY} of {path}", metadata.get(CONFIG_KEY)
+    return _config(parse_json(config, source), source) if config else None, metadata
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; what is wrong with it is a ValueError."""
     try:
         with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            metadata = file.metadata() or {}
+            yield file
     except OSError:
         raise
     except Exception as error:  # SafetensorError, and what torch says about a dtype or a size that it does not have
         what = "a whole safetensors file" if isinstance(error, SafetensorError) else "a readable safetensors file"
         raise ValueError(f"{path} is not {what}: {error}") from error
-    source, config = f"{CONFIG_KEY} of {path}", metadata.get(CONFIG_KEY)
-    values = _config(parse_json(config, source), source) if config else None
-    return Checkpoint(path, _unwrapped(state, path), values, metadata)
 
 
 def _read_pickled(path: Path) -> Checkpoint:

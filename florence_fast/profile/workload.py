@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from florence_fast.data.pair_loader import PairBatch
-from florence_fast.models import create_model, get_model_config
+from florence_fast.models import create_model
 from florence_fast.models.config import FlorenceConfig
+from florence_fast.models.factory import model_config
 from florence_fast.precision import autocast, input_dtype, resolve_precision
 from florence_fast.tasks.contrastive import ContrastiveConfig, ContrastiveTask
 from florence_fast.train.config import RunConfig, Stage
@@ -25,7 +26,7 @@ class Workload:
     """What one step does.
 
     Args:
-        model: name of a dual encoder or of an image tower.
+        model: name of a dual encoder or of an image tower, or folder of a saved one.
         batch_size: images, and as many texts for a dual encoder, B.
         image_size: side of the images, S; None takes the model's.
         precision: a word of ``florence_fast.precision``.
@@ -49,7 +50,7 @@ def check(workload: Workload) -> None:
     Raises:
         ValueError: the model is unknown, an image tower is to be trained, or micro_batch_size is given without train.
     """
-    config = get_model_config(workload.model)
+    config = model_config(workload.model)
     if workload.train and not isinstance(config, FlorenceConfig):
         raise ValueError(f"train needs a dual encoder, such as florence_tiny; {workload.model} is an image tower")
     if workload.micro_batch_size is not None and not workload.train:

@@ -139,7 +139,7 @@ class ContrastiveInputs(Inputs):
 
     def next_commands(self, folder: Path) -> Sequence[str]:
         """Return how the weights are measured and used."""
-        weights = shlex.join(["--model", self.model, "--pretrained", str(folder)])
+        weights = shlex.join(["--pretrained", str(folder)])
         return (
             f"florence-fast evaluate zero-shot {weights} --data PAIRS",
             f"florence-fast predict {weights} --image IMAGE --texts TEXT TEXT",

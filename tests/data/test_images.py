@@ -142,8 +142,11 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
         open_image(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"cannot read .*text\.png: cannot identify"):
+    with pytest.raises(ValueError, match=r"cannot read .*text\.png: cannot identify image file$"):
         open_image(tmp_path / "text.png")
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ValueError, match=r"cannot read .*empty\.png: it is empty, 0 bytes$"):
+        open_image(tmp_path / "empty.png")
 
 
 def test_what_is_no_regular_file_is_refused_without_being_opened(tmp_path: Path) -> None:
