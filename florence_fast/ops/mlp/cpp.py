@@ -1,9 +1,10 @@
 """The ``cpp`` backend of mlp: the native activation, between products of the faster library.
 
 Where nothing is kept for a backward, rows pass through all three steps some at a time: the wide tensor of a chunk stays
-in the caches, and the whole one, which is four times as long as the input, never exists. In the backward the gradient
-of the wide tensor and the activation exist for a chunk only, in memory that all chunks share: results of tens of
-megabytes would be mapped anew each time, and the first touch of a page costs more than the arithmetic on it.
+in the caches, and the whole one, which is four times as long as the input, never exists. With a backward the first
+product is kept whole. The activation, and in the backward the gradient of the wide tensor, exist for a chunk only, in
+memory that all chunks share: results of tens of megabytes would be mapped anew each time, and the first touch of a page
+costs more than the arithmetic on it.
 """
 
 import torch
@@ -24,18 +25,33 @@ CHUNK_OVER_WEIGHT = 4
 
 
 def mlp_fwd(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str
-) -> Tensor:
-    """Return the result (..., E), keeping nothing."""
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    train: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the result (..., E) and what is kept: the first product (R, F) without its bias, nothing without train."""
     rows = x.reshape(-1, x.shape[-1])
+    kept = linear(rows, weight1) if train else x.new_empty(0)
     step = _rows_of_chunk(len(rows), weight1, weight2, CHUNK_BYTES)
-    if rows.shape[0] <= step:
-        out = linear(_hidden(rows, weight1, bias1, activation), weight2, bias2)
-    else:
-        out = x.new_empty(rows.shape[0], weight2.shape[0])
-        for part, place in zip(rows.split(step), out.split(step), strict=True):
-            linear_into(place, _hidden(part, weight1, bias1, activation), weight2, bias2)
-    return out.view(*x.shape[:-1], weight2.shape[0])
+    if len(rows) <= step:
+        hidden = bias_activation_fwd(kept if train else linear(rows, weight1), bias1, activation, not train)
+        return linear(hidden, weight2, bias2).view(*x.shape[:-1], weight2.shape[0]), kept
+    out = x.new_empty(len(rows), weight2.shape[0])
+    shared = kept.new_empty(step, weight1.shape[0]) if train else None
+    for start in range(0, len(rows), step):
+        here = slice(start, start + step)
+        if shared is None:
+            hidden = activated = linear(rows[here], weight1)
+        else:
+            hidden = kept[here]
+            activated = shared[: len(hidden)]
+        _activation(hidden, bias1, activation, activated)
+        linear_into(out[here], activated, weight2, bias2)
+    return out.view(*x.shape[:-1], weight2.shape[0]), kept
 
 
 def _rows_of_chunk(rows: int, weight1: Tensor, weight2: Tensor, chunk_bytes: int) -> int:
@@ -94,10 +110,6 @@ def _add(total: Tensor | None, term: Tensor | None) -> Tensor | None:
 
 def _as(total: Tensor | None, weight: Tensor) -> Tensor | None:
     return None if total is None else total.to(weight.dtype)
-
-
-def _hidden(rows: Tensor, weight1: Tensor, bias1: Tensor | None, activation: str) -> Tensor:
-    return bias_activation_fwd(linear(rows, weight1), bias1, activation, True)
 
 
 def bias_activation_fwd(hidden: Tensor, bias: Tensor | None, activation: str, in_place: bool) -> Tensor:

@@ -148,8 +148,8 @@ def _forward(
     if widens(x):
         return _forward_widened(x, weight1, bias1, weight2, bias2, activation=activation, train=train, backend=backend)
     implementation = _mlp.backend(backend)
-    if backend == "cpp" and not train:
-        return implementation.mlp_fwd(x, weight1, bias1, weight2, bias2, activation), x.new_empty(0)
+    if backend == "cpp":
+        return implementation.mlp_fwd(x, weight1, bias1, weight2, bias2, activation, train)
     in_kernel = backend != "torch"
     hidden = linear(x.reshape(-1, x.shape[-1]), weight1, None if in_kernel else bias1)
     out = implementation.bias_activation_fwd(hidden, bias1 if in_kernel else None, activation, not train)
