@@ -107,7 +107,7 @@ class RunConfig(Settings):
         worker_timeout: seconds without a decoded sample after which the workers count as stuck.
         max_bad_share: share of unreadable samples above which the run is stopped.
         log_every_n_steps: length of an interval: one line, one record, one call of `on_interval`.
-        save_every_steps: steps between checkpoints; None saves at the end and on a signal only.
+        save_every_steps: steps between checkpoints; None saves at the end, before evaluations and on a signal only.
         evaluate_every_steps: steps between evaluations by the task; None evaluates at the end only.
         keep_checkpoints: how many valid checkpoints stay.
         progress: show a bar and the log lines in the terminal.

@@ -218,11 +218,12 @@ class Trainer:
     def _end_step(self, stopping: bool) -> None:
         """Do what is due between two steps: log, then save, and evaluate only when nothing can be lost by it."""
         step, config = self.step, self.config
-        ends = step % config.log_every_n_steps == 0 or step == config.total_steps
-        if ends or is_measured(self.task, config, step):
+        measured, last = is_measured(self.task, config, step), step == config.total_steps
+        if last or measured or step % config.log_every_n_steps == 0:
             self._end_interval()
         regular = config.save_every_steps and step % config.save_every_steps == 0
-        if stopping or regular or step == config.total_steps:
+        # A measurement may take longer than a batch system waits between its signal and its kill.
+        if stopping or regular or measured or last:
             self._save()
         if not stopping:
             self._evaluate()

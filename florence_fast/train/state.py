@@ -83,17 +83,24 @@ class TrainState:
         parameters = [p for p in self.masters.named.values() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         loss_value, norm_value, finite, stopping = agree(loss, norm, stop)
+        skipped = ""
         self.whole = False
         if finite:
             self._update(parameters, norm)
             counters.good_step(loss_value, norm_value)
         else:
-            self._skip(loss_value, norm_value, batch)
+            skipped = self._skip(loss_value, norm_value, batch)
         self.scaler.update()
         counters.step += 1
         counters.position += len(batch) * world_size()
         counters.bad_samples += batch.skipped
         self.whole = True
+        # Raised behind a whole step, which can be saved with the good ones before it.
+        if counters.skipped_in_a_row > self.run.max_skipped_steps:
+            raise TrainingDivergedError(
+                f"{counters.skipped_in_a_row} steps in a row were skipped, more than "
+                f"max_skipped_steps={self.run.max_skipped_steps}; the last one: {skipped}"
+            )
         return stopping
 
     def _autocast(self) -> Any:
@@ -109,9 +116,9 @@ class TrainState:
         if self.ema is not None:
             self.ema.update(self.task.model, self.masters.copies)
 
-    def _skip(self, loss: float, norm: float, batch: Batch) -> None:
-        """Count a step without an update, name its cause, and end the run when there were too many in a row."""
-        counters, most = self.counters, self.run.max_skipped_steps
+    def _skip(self, loss: float, norm: float, batch: Batch) -> str:
+        """Count a step without an update, and log and return its cause."""
+        counters = self.counters
         counters.skipped_step()
         names = [n for n, p in self.masters.named.items() if p.grad is not None and not p.grad.isfinite().all()]
         cause = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
@@ -120,11 +127,7 @@ class TrainState:
             f"({', '.join(names[:3]) or 'none'}); first samples {batch.describe()}"
         )
         logger.warning("%s", described)
-        if counters.skipped_in_a_row > most:
-            raise TrainingDivergedError(
-                f"{counters.skipped_in_a_row} steps in a row were skipped, more than max_skipped_steps={most}; "
-                f"the last one: {described}"
-            )
+        return described
 
     def enter_stage(self, number: int) -> None:
         """Let the task prepare for stage ``number``; where it replaces parameters, they get a new optimiser."""

@@ -130,15 +130,20 @@ def test_an_infinite_gradient_is_named_by_its_parameter(
     assert torch.equal(trainer.model.text_projection.weight, before)
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run(pairs: Path, tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_stop_the_run_and_the_good_ones_are_saved(pairs: Path, tmp_path: Path) -> None:
     model = tiny_model()
     damaged = Damaged(model, {0, 1, 3, 4, 5, 6})
     trainer = tiny_trainer(pairs, tmp_path, **_stage(9), model=model, augment=damaged, max_skipped_steps=2)
     with pytest.raises(TrainingDivergedError, match="3 steps in a row were skipped, more than max_skipped_steps=2"):
         trainer.run()
-    assert trainer.step == 5
     assert "| ERROR | the run ended with TrainingDivergedError" in (tmp_path / "out.log").read_text()
-    assert not list((tmp_path / "checkpoints").glob("*.pt"))
+    saved = trainer.store.load(trainer.store.path(6))
+    assert (saved["counters"]["step"], saved["counters"]["skipped_steps"]) == (6, 5)
+    assert saved["optimizer"]["state"][0]["step"] == 1
+    model = tiny_model()
+    trainer = tiny_trainer(pairs, tmp_path, **_stage(9), model=model, augment=Damaged(model, set()))
+    result = trainer.run(resume="latest")
+    assert (result["step"], result["skipped_steps"], result["skipped_in_a_row"]) == (9, 5, 0)
 
 
 def test_gradients_are_clipped_to_the_norm(pairs: Path, tmp_path: Path) -> None:
@@ -306,3 +311,22 @@ def test_an_evaluation_that_a_stop_left_out_is_made_on_resume(pairs: Path, tmp_p
     tiny_trainer(pairs, tmp_path, **settings, evaluators=[Norm()]).run(resume="latest")
     lines = (tmp_path / "checkpoints/results.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if "norm" in line.split('"grad_')[0]] == [3, 4]
+
+
+class Killed(BaseException):
+    """Nothing of ours runs after it, as after SIGKILL."""
+
+
+def test_a_kill_while_evaluators_run_loses_no_step(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**_stage(6), "save_every_steps": None, "evaluate_every_steps": 3}
+    killed = Norm()
+    monkeypatch.setattr(killed, "run", lambda model: (_ for _ in ()).throw(Killed))
+    trainer = tiny_trainer(pairs, tmp_path, **settings, evaluators=[killed])
+    monkeypatch.setattr(trainer, "_save_before_leaving", lambda: None)
+    with pytest.raises(Killed):
+        trainer.run()
+    norm = Norm()
+    assert tiny_trainer(pairs, tmp_path, **settings, evaluators=[norm]).run(resume="latest")["step"] == 6
+    assert len(norm.modes) == 2, "after steps 3 and 6"
