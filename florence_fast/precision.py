@@ -103,7 +103,7 @@ def resolve_precision(word: str, device: str | torch.device) -> str:
     elif _device_type(device) == "cpu" and choice.precision != "fp32":
         fast, reason = processor.units(format_of(choice.precision))
         if not fast:
-            _warn_once(word, reason)
+            _warn_once(choice.precision, reason)
     return choice.precision
 
 

@@ -107,7 +107,7 @@ def test_every_word_resolves_to_one_that_resolves_to_itself(given_flags: Given) 
 
 def test_a_slow_word_warns_once_and_names_the_way_out(given_flags: Given, caplog: pytest.LogCaptureFixture) -> None:
     given_flags("avx2")
-    for word in ("amp_bf16", "amp_bf16", "fp32", "auto", "amp"):
+    for word in ("amp_bf16", "amp_bfloat16", "amp_bf16", "fp32", "auto", "amp"):
         resolve_precision(word, "cpu")
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "amp_bf16 gains nothing here, since this processor has no bf16 units: use fp32, or auto" in warning

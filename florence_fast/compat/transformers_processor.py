@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import ProcessorMixin
 
 
@@ -12,5 +14,9 @@ class FlorenceFastProcessor(ProcessorMixin):
     """
 
     attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 - transformers' own form
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
+    if hasattr(ProcessorMixin, "feature_extractor_class"):  # before transformers 5, which warns of such names
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **options: Any) -> None:
+        super().__init__(image_processor, tokenizer, **options)

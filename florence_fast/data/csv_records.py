@@ -69,16 +69,19 @@ def split_line(line: str, separator: str) -> list[str]:
         return line.rstrip("\r\n").split(separator)
 
 
-def read_records(lines: Iterable[str], separator: str, num_columns: int, image: int) -> Iterator[Record]:
+def read_records(
+    lines: Iterable[str], separator: str, num_columns: int, image: int, first: int = 2
+) -> Iterator[Record]:
     """Yield the records of the lines that follow a header.
 
     Args:
-        lines: lines with their ends; the first one is line 2 of its file.
+        lines: lines with their ends.
         separator: one character.
         num_columns: columns of the header.
         image: number of the column with the image's path, by whose suffix a line is known to be a row.
+        first: number of the first of ``lines`` in its file.
     """
-    return _Reader(lines, separator, num_columns, image).records()
+    return _Reader(lines, separator, num_columns, image).records(first)
 
 
 class _Reader:
@@ -88,8 +91,8 @@ class _Reader:
         self._put_back: deque[str] = deque()
         self._suffixes = tuple(SUFFIXES)
 
-    def records(self) -> Iterator[Record]:
-        number, first = 2, True
+    def records(self, number: int) -> Iterator[Record]:
+        first = True
         while (line := self._next()) is not None:
             fields, num_lines, stray = line.rstrip("\r\n").split(self._separator), 1, False
             if '"' in line:

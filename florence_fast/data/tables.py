@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 MAX_LINE = 1 << 24
+_KEYS = {"image": "img_key (--csv-img-key)", "text": "caption_key (--csv-caption-key)"}
+_SEP_LINE = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # before the header, as spreadsheets write and read it
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,9 @@ def _json_row(number: int, line: str, img_key: str, caption_key: str) -> Row:
 
 
 def _csv_rows(path: Path, lines: Iterator[str], img_key: str, caption_key: str, separator: str | None) -> Iterator[Row]:
-    header = next(lines, "").lstrip(BYTE_ORDER_MARK)
+    header, first = next(lines, "").lstrip(BYTE_ORDER_MARK), 2
+    if said := _SEP_LINE.fullmatch(header.strip()):
+        header, first, separator = next(lines, ""), 3, separator or said[1]
     if separator is None:
         usual = "\t" if path.suffix.lower() == ".tsv" else ","
         separator, columns = split_header(header, ((img_key, "image"), (caption_key, "text")), usual)
@@ -160,7 +165,7 @@ def _csv_rows(path: Path, lines: Iterator[str], img_key: str, caption_key: str, 
     image = _column(path, columns, where, img_key, "image")
     text = _column(path, columns, where, caption_key, "text")
     limit, stray = csv.field_size_limit(), []
-    for number, fields, is_stray in read_records(lines, separator, len(columns), image):
+    for number, fields, is_stray in read_records(lines, separator, len(columns), image, first):
         if is_stray:
             stray.append(number)
         if max(map(len, fields)) > limit:
@@ -212,5 +217,5 @@ def _column(path: Path, columns: list[str], where: str, key: str, other: str) ->
             return columns.index(name)
     raise ValueError(
         f"{path} has no column {key!r}{did_you_mean(key, columns)}; {where} holds: "
-        f"{printable(', '.join(columns), 300) or 'nothing'}"
+        f"{printable(', '.join(columns), 300) or 'nothing'}; name one with {_KEYS[other]}"
     )

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from florence_fast.data.folder_walk import files_below
+from florence_fast.data.folders import sort_by_kind
 from florence_fast.data.images import SUFFIXES, open_image
 from florence_fast.data.left_out import LeftOut
 from florence_fast.data.loader import BadDataError
@@ -60,11 +61,12 @@ class ImageFolder:
         if not self.folder.is_dir():
             raise NotADirectoryError(f"a folder of images was wanted, got a file: {self.folder}")
         left_out = LeftOut()
-        self.paths = [path for path in files_below(self.folder, left_out) if path.suffix.lower() in SUFFIXES]
+        self.paths, _ = sort_by_kind(files_below(self.folder, left_out), left_out)
+        if not self.paths:
+            held = f"; it holds {left_out}" if left_out else ""
+            raise ValueError(f"no images ({', '.join(sorted(SUFFIXES))}) in {self.folder}{held}")
         if left_out:
             logger.warning("%s: left out: %s", printable(self.folder), left_out)
-        if not self.paths:
-            raise ValueError(f"no images ({', '.join(sorted(SUFFIXES))}) in {self.folder}")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -168,12 +168,25 @@ def test_what_cannot_separate_is_refused(folder: Path, separator: object) -> Non
         ("t.tsv", ["filepath,title", 'a.png,"red, apple"']),
         ("t.csv", ["n|title|filepath", "1|red, apple|a.png"]),
         ("t.csv", ["n,m;title;filepath", "1,2;red, apple;a.png"]),
+        ("t.csv", ["sep=;", "filepath;title", "a.png;red, apple"]),
+        ("t.csv", ['\ufeff"SEP=;"\r', "filepath;title\r", "a.png;red, apple\r"]),
     ],
 )
 def test_the_header_shows_the_separator(folder: Path, name: str, lines: list[str]) -> None:
     (folder / name).write_text("\n".join(lines))
     source = open_pairs(folder / name)
     assert source.texts(0).text == "red, apple" and source.image(0).size == (8, 8)
+
+
+def test_lines_are_counted_with_the_one_that_names_the_separator(folder: Path) -> None:
+    (folder / "t.csv").write_text("sep=;\nfilepath;title\na.png;red, apple\n")
+    assert open_pairs(folder / "t.csv").describe(0).endswith("t.csv:3 (a.png)")
+
+
+def test_a_table_with_other_columns_says_how_to_name_them(folder: Path) -> None:
+    (folder / "t.csv").write_text("Datei;title\na.png;red, apple\n")
+    with pytest.raises(ValueError, match=r"no column 'filepath'.*Datei, title; name one with img_key \(--csv-img-key"):
+        open_pairs(folder / "t.csv")
 
 
 def test_byte_order_marks_are_no_part_of_a_table(folder: Path) -> None:

@@ -41,6 +41,17 @@ def test_a_broken_image_does_not_move_the_others(folder, caplog):
     assert "a.png" in caplog.text
 
 
+def test_files_of_other_kinds_are_counted(folder, caplog, tmp_path_factory):
+    others = tmp_path_factory.mktemp("others")
+    for name in ("a.heic", "b.HEIC"):
+        (folder / name).touch()
+        (others / name).touch()
+    ImageFolder(folder)
+    assert "left out: 2 of kind .heic (a.heic, ...)" in caplog.text
+    with pytest.raises(ValueError, match=r"no images .*; it holds 2 of kind \.heic"):
+        ImageFolder(others)
+
+
 def test_folders_that_cannot_be_searched_are_refused(folder, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         ImageFolder(folder / "nowhere")
