@@ -153,7 +153,7 @@ def open_pairs(
     """Open image-text pairs; what they are read by follows from what the path is.
 
     - ``.csv``, ``.tsv``, ``.jsonl``, ``.parquet``: a row a pair, paths of images relative to the table (or the
-      working folder).
+      working folder). Parquet may hold the images themselves, as bytes or as {"bytes", "path"} (Hugging Face).
     - a folder: images with a ``.txt`` of the same name beside them, or in one folder a class; or a folder of tars.
     - ``.tar``, ``.tar.gz``: WebDataset shards, ``KEY.jpg`` (or png, webp) with ``KEY.txt`` and, or, ``KEY.json``.
 

@@ -4,7 +4,6 @@ import csv
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -12,8 +11,9 @@ from PIL import Image
 
 from florence_fast.data.csv_records import read_records, split_header, split_line
 from florence_fast.data.images import open_image
-from florence_fast.data.pairs import PairSource, PairText, clean_text, pair_text
-from florence_fast.errors import did_you_mean, require
+from florence_fast.data.pairs import PairSource, PairText
+from florence_fast.data.parquet import ImagesInside, read_parquet
+from florence_fast.data.table_rows import Row, find_column, make_row
 from florence_fast.printable import printable
 from florence_fast.strict_json import BYTE_ORDER_MARK, parse_json
 
@@ -21,18 +21,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 MAX_LINE = 1 << 24
-_KEYS = {"image": "img_key (--csv-img-key)", "text": "caption_key (--csv-caption-key)"}
 _SEP_LINE = re.compile(r'"?sep=(.)"?', re.IGNORECASE)  # before the header, as spreadsheets write and read it
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One record of a table: a pair, or the reason why it is none."""
-
-    number: int
-    image: str = ""
-    text: PairText | None = None
-    fault: str = ""
 
 
 def is_table(path: Path) -> bool:
@@ -43,8 +32,8 @@ def is_table(path: Path) -> bool:
 class TablePairs(PairSource):
     """Pairs of one table; a damaged row keeps its place and says what is wrong when it is read."""
 
-    def __init__(self, path: Path, rows: list[Row], max_pixels: int) -> None:
-        self.path, self.rows, self.max_pixels = path, rows, max_pixels
+    def __init__(self, path: Path, rows: list[Row], max_pixels: int, inside: ImagesInside | None = None) -> None:
+        self.path, self.rows, self.max_pixels, self._inside = path, rows, max_pixels, inside
 
     @classmethod
     def read(cls, path: Path, img_key: str, caption_key: str, separator: str | None, max_pixels: int) -> "TablePairs":
@@ -56,13 +45,13 @@ class TablePairs(PairSource):
             ValueError: it has no such columns, or no row that is a pair, or it is not of the kind its suffix says.
             ImportError: a Parquet file without the package that reads it.
         """
-        kind = path.suffix.lower()
+        kind, inside = path.suffix.lower(), None
         if kind == ".parquet":
-            rows = list(_parquet_rows(path, img_key, caption_key))
+            rows, inside = read_parquet(path, img_key, caption_key)
         else:
             # Bytes that are no UTF-8 become U+FFFD, and spoil their row only.
             with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-                _refuse_utf_16(path)
+                _refuse_other_encodings(path)
                 if kind == ".jsonl":
                     rows = [_json_row(n, line, img_key, caption_key) for n, line in _filled(_lines(path, file))]
                 else:
@@ -77,7 +66,7 @@ class TablePairs(PairSource):
                 "%s: %d of %d rows are no image-text pairs, the first is in line %d: %s",
                 *(printable(path), len(faulty), len(rows), faulty[0].number, printable(faulty[0].fault)),
             )
-        return cls(path, rows, max_pixels)
+        return cls(path, rows, max_pixels, inside)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,10 +79,15 @@ class TablePairs(PairSource):
         return row.text
 
     def image(self, index: int) -> Image.Image:
-        """Image of row ``index``: relative to the table's folder or, failing that, to the working folder."""
+        """Image of row ``index``: in the file, or relative to the table's folder or else to the working folder."""
         row = self.rows[index]
         if row.text is None:
             raise ValueError(row.fault)
+        data = None if self._inside is None else self._inside.read(row.number - 1)
+        if data is not None:
+            return open_image(data, self.max_pixels)
+        if not row.image:
+            raise ValueError("it has no image")
         for folder in (self.path.parent, Path()):
             if (folder / row.image).exists():
                 return open_image(folder / row.image, self.max_pixels)
@@ -108,10 +102,17 @@ class TablePairs(PairSource):
         return printable(f"{self.path}:{row.number}" + (f" ({row.image})" if row.image else ""))
 
 
-def _refuse_utf_16(path: Path) -> None:
+def _refuse_other_encodings(path: Path) -> None:
+    """Refuse what its first line shows not to be UTF-8."""
     with open(path, "rb") as file:
-        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError(f"{path} is UTF-16: save it as UTF-8")
+        start = file.read(64)
+    if start.startswith(b"\x1f\x8b"):
+        raise ValueError(f"{path} is gzipped: unpack it")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} is UTF-16: save it as UTF-8")
+    line = start.partition(b"\n")[0].rstrip(b"\0")
+    if b"\0" in line:
+        raise ValueError(f"{path} begins with null characters, as UTF-16 and UTF-32 have them: save it as UTF-8")
 
 
 def _lines(path: Path, file: TextIO) -> Iterator[str]:
@@ -127,19 +128,6 @@ def _filled(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _row(number: int, image: object, text: object, short_name: object = None, keywords: object = None) -> Row:
-    """Check the fields of one pair."""
-    try:
-        path = clean_text(image, "path of an image")
-        words = pair_text(text, short_name, keywords)
-    except ValueError as error:
-        return Row(number, fault=str(error))
-    for name, value in (("path of an image", path), ("text", words.text)):
-        if "\ufffd" in value:
-            return Row(number, fault=f"the {name} is not UTF-8")
-    return Row(number, path, words)
-
-
 def _json_row(number: int, line: str, img_key: str, caption_key: str) -> Row:
     try:
         record = parse_json(line, "the line")
@@ -149,7 +137,7 @@ def _json_row(number: int, line: str, img_key: str, caption_key: str) -> Row:
         return Row(number, fault=f"not a JSON object but {type(record).__name__}")
     image = record.get(img_key, record.get("image"))
     text = record.get(caption_key, record.get("text"))
-    return _row(number, image, text, record.get("short_name"), record.get("keywords"))
+    return make_row(number, image, text, record.get("short_name"), record.get("keywords"))
 
 
 def _csv_rows(path: Path, lines: Iterator[str], img_key: str, caption_key: str, separator: str | None) -> Iterator[Row]:
@@ -162,8 +150,8 @@ def _csv_rows(path: Path, lines: Iterator[str], img_key: str, caption_key: str, 
     else:
         columns = split_line(header, separator)
     where = f"its header, split at {separator!r},"
-    image = _column(path, columns, where, img_key, "image")
-    text = _column(path, columns, where, caption_key, "text")
+    image = find_column(path, columns, where, img_key, "image")
+    text = find_column(path, columns, where, caption_key, "text")
     limit, stray = csv.field_size_limit(), []
     for number, fields, is_stray in read_records(lines, separator, len(columns), image, first):
         if is_stray:
@@ -171,7 +159,7 @@ def _csv_rows(path: Path, lines: Iterator[str], img_key: str, caption_key: str, 
         if max(map(len, fields)) > limit:
             yield Row(number, fault=f"field larger than field limit ({limit})")
         elif len(fields) == len(columns):
-            yield _row(number, fields[image], fields[text])
+            yield make_row(number, fields[image], fields[text])
         else:
             hint = ", and a quote mark without its partner" if is_stray else ""
             yield Row(number, fault=f"{len(fields)} fields where the header has {len(columns)}{hint}")
@@ -181,41 +169,3 @@ def _csv_rows(path: Path, lines: Iterator[str], img_key: str, caption_key: str, 
             "were read as they stand",
             *(printable(path), len(stray), stray[0]),
         )
-
-
-def _parquet_rows(path: Path, img_key: str, caption_key: str) -> Iterator[Row]:
-    """Rows of a Parquet file whose images are paths; only the columns that are needed are read."""
-    require("pyarrow", "parquet")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            image = columns[_column(path, columns, "it", img_key, "image")]
-            text = columns[_column(path, columns, "it", caption_key, "text")]
-            found = str(file.schema_arrow.field(image).type)
-            if "string" not in found.partition("indices")[0]:
-                raise ValueError(
-                    f"column {image!r} of {path} must hold paths of images, got {found[:80]}; images inside a "
-                    "Parquet file are not read: write them to files or to WebDataset tars"
-                )
-            more = [name for name in ("short_name", "keywords") if name in columns]
-            number = 1
-            for batch in file.iter_batches(columns=[image, text, *more]):
-                for row in batch.to_pylist():
-                    yield _row(number, row[image], row[text], row.get("short_name"), row.get("keywords"))
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def _column(path: Path, columns: list[str], where: str, key: str, other: str) -> int:
-    """Number of the column named ``key``, or else ``other``."""
-    for name in (key, other):
-        if name in columns:
-            return columns.index(name)
-    raise ValueError(
-        f"{path} has no column {key!r}{did_you_mean(key, columns)}; {where} holds: "
-        f"{printable(', '.join(columns), 300) or 'nothing'}; name one with {_KEYS[other]}"
-    )

@@ -1,5 +1,6 @@
 """Tables and folders of pairs: what is read, what is refused at once, and what is wrong with one row only."""
 
+import gzip
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from florence_fast.data.images import open_image
 from florence_fast.data.pairs import Concat, PairText, Subset, open_pairs
 from tests.data.conftest import encode, sample, write_tar
 
@@ -228,12 +230,43 @@ def test_parquet(folder: Path) -> None:
         source.texts(1)
     with pytest.raises(ValueError, match=r"no column 'filepath' .*; it holds: path, caption, keywords"):
         open_pairs(folder / "t.parquet")
-    parquet.write_table(pyarrow.table({"image": [b"png"], "text": ["x"]}), folder / "bytes.parquet")
-    with pytest.raises(ValueError, match=r"column 'image' of .* must hold paths of images, got binary"):
-        open_pairs(folder / "bytes.parquet")
+    parquet.write_table(pyarrow.table({"image": [[1]], "text": ["x"]}), folder / "list.parquet")
+    with pytest.raises(ValueError, match=r"column 'image' of .* must hold paths of images, their bytes, .* got list"):
+        open_pairs(folder / "list.parquet")
     (folder / "cut.parquet").write_bytes((folder / "t.parquet").read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"cut\.parquet is not a readable Parquet file"):
         open_pairs(folder / "cut.parquet")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "structs"])
+def test_images_inside_parquet(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In groups of two rows, read in any order; a row without bytes is a path, as in Hugging Face's data sets."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    a, b = (folder / "a.png").read_bytes(), (folder / "b.png").read_bytes()
+    images: list = [a, b, b"no image", b, None]
+    if kind == "structs":
+        images = [{"bytes": data, "path": f"{n}.png"} for n, data in enumerate(images[:4])]
+        images.append({"bytes": None, "path": "a.png"})
+    table = pyarrow.table({"image": images, "text": list("vwxyz")})
+    parquet.write_table(table, folder / "inside.parquet", row_group_size=2)
+    source = pickle.loads(pickle.dumps(open_pairs(folder / "inside.parquet")))
+    expected = {index: open_image(data).getpixel((0, 0)) for index, data in ((3, b), (0, a), (1, b))}
+    assert {index: source.image(index).getpixel((0, 0)) for index in expected} == expected
+    assert [source.texts(index).text for index in range(5)] == list("vwxyz")
+    with pytest.raises(ValueError, match="cannot read"):
+        source.image(2)
+    if kind == "structs":
+        assert source.image(4).getpixel((0, 0)) == expected[0] and source.describe(1).endswith("(1.png)")
+    else:
+        with pytest.raises(ValueError, match="it has no image"):
+            source.image(4)
+    monkeypatch.setattr("florence_fast.data.parquet.MAX_GROUP_BYTES", 10)
+    with pytest.raises(ValueError, match="row_group_size=100"):
+        source.image(0)
+    (folder / "inside.parquet").unlink()
+    with pytest.raises(ValueError, match="not a readable Parquet file"):
+        source.image(0)
 
 
 def test_globs_are_sorted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +292,12 @@ def test_pipes_are_refused(folder: Path) -> None:
 def test_a_table_that_is_none_is_refused(folder: Path) -> None:
     (folder / "t.csv").write_text("filepath,title\na.png,apple\n", encoding="utf-16")
     with pytest.raises(ValueError, match=r"t\.csv is UTF-16: save it as UTF-8"):
+        open_pairs(folder / "t.csv")
+    (folder / "t.csv").write_bytes("filepath,title\na.png,apple\n".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"t\.csv begins with null characters, as UTF-16"):
+        open_pairs(folder / "t.csv")
+    (folder / "t.csv").write_bytes(gzip.compress(b"filepath,title\na.png,apple\n"))
+    with pytest.raises(ValueError, match=r"t\.csv is gzipped"):
         open_pairs(folder / "t.csv")
     with open(folder / "t.csv", "wb") as file:
         file.truncate(1 << 40)
