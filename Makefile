@@ -58,18 +58,18 @@ sanitize amx: .venv/ready
 
 # Their packages stay in build/compat, from one run to the next.
 compat: .venv/ready native
-	$(BIN)/python -m bench.releases
+	$(BIN)/python -m bench.cpu.releases
 
 budget: .venv/ready .venv/triton-3.6.0/ready
 	$(BIN)/python -m bench.budget --full --check --require-both --json bench/results/budget.json --charts docs
-	$(BIN)/python -m bench.page
-	$(BIN)/python -m bench.queue
+	$(BIN)/python -m bench.report.page
+	$(BIN)/python -m bench.gpu.queue
 
 bench: .venv/ready native
 	$(BIN)/python -m bench.cpu
 
 bench-cpu: .venv/ready native
-	$(BIN)/python -m bench.cpu_native
+	$(BIN)/python -m bench.cpu.native
 
 gpu:
 	$(PYTHON) -m bench.gpu

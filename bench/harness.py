@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch._functorch.config
 
+from bench.budget.predicted import predicted_clocks
 from bench.machine import clocks_under_load
-from bench.predicted import predicted_clocks
 from bench.session import Built, DeviceLost, Missing, OpBench, Session, dtypes_of, entry_of, modes_of
 from bench.store import Row
 from florence_fast.ops.cases import Function, each

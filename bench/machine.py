@@ -29,8 +29,8 @@ WHAT_DECIDES_A_ROW = (
     "bench/competitors.py",
     "bench/competitors_losses.py",
     "bench/competitors_windows.py",
-    "bench/models.py",
-    "bench/pretraining.py",
+    "bench/gpu/models.py",
+    "bench/gpu/pretraining.py",
     "bench/session.py",
     "bench/harness.py",
 )

@@ -16,8 +16,8 @@ from florence_fast.cli.warmup import kernels_table, summary
 # Compiles the same kernel twice for a GPU that is not here, and forgets in between what the process has in memory.
 CHILD = """
 import json
-from bench.aot import launch, recording
-from bench.budget_cases import CASES
+from bench.budget.aot import launch, recording
+from bench.budget.cases import CASES
 from florence_fast.kernels import l2_normalize
 from florence_fast.warmup import compilations
 

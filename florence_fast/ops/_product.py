@@ -2,7 +2,7 @@
 
 PyTorch sends float32 products to MKL. oneDNN's product, which torch.compile takes on CPUs, is there in eager mode too,
 and ``csrc/level/matmul.cpp`` is ours. Which is fastest depends on the processor, and `library` is a fixed rule: it is
-the same in every process of a machine, and so are the bits. ``python -m bench.products`` measures all three.
+the same in every process of a machine, and so are the bits. ``python -m bench.cpu.products`` measures all three.
 
 Where the processor has no units for a 16-bit format, PyTorch multiplies it one number at a time, 100 times as slowly as
 float32. Such operands are widened to float32, some rows at a time, and the product is rounded once.

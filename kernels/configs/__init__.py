@@ -1,8 +1,8 @@
 """How each kernel is launched: warps, stages and programs, from tables that measurement writes.
 
 A table is a file ``sm_<arch>.json`` beside this one: ``{"<kernel>": {"<dtype>/n<tokens>/d<head dim>": {...}}}``, as
-``python -m bench.tune`` writes it. Inside ``measured(...)`` another table of this form comes behind it and wins. What
-no table knows runs with the default that the kernel gives.
+``python -m bench.gpu.tune`` writes it. Inside ``measured(...)`` another table of this form takes precedence. What no
+table knows runs with the default that the kernel gives.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Which launch configurations are worth a measurement, and when one has won: for bench.tune and for a user's call."""
+"""Which launch configurations are worth a measurement, and when one has won: for bench.gpu.tune and a user's call."""
 
 from collections.abc import Callable
 from itertools import product

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from bench.anchors import ANCHORS, UNITS, load_anchors
+from bench.report.anchors import ANCHORS, UNITS, load_anchors
 
 STORED = json.loads(ANCHORS.read_text(encoding="utf-8"))
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.stages import ops
-from bench.test_benchmarks import cases
+from bench.gpu.stages import ops
+from bench.gpu.test_benchmarks import cases
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +18,12 @@ def test_every_competitor_of_every_op_is_a_case():
 
 
 def test_a_case_is_measured_with_the_statistics_of_pytest_benchmark(tmp_path):
-    words = ["bench/test_benchmarks.py", "--benchmark-only", "--benchmark-max-time=0.05", "--benchmark-min-rounds=2"]
+    words = [
+        "bench/gpu/test_benchmarks.py",
+        "--benchmark-only",
+        "--benchmark-max-time=0.05",
+        "--benchmark-min-rounds=2",
+    ]
     chosen = ["-q", "-p", "no:cacheprovider", "-k", "l2_normalize and forward and (eager or torch)"]
     path = tmp_path / "benchmark.json"
     command = [sys.executable, "-m", "pytest", *words, *chosen, f"--benchmark-json={path}"]

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import aot, budget, stages
-from bench.budget_cases import ALLOWED, CASES, LEFT_OUT, select
-from bench.budget_chart import draw
-from bench.budget_rules import broken_rules, rows_of
-from bench.sass import PIPES
+from bench.budget import aot
+from bench.budget import command as budget
+from bench.budget.cases import ALLOWED, CASES, LEFT_OUT, select
+from bench.budget.chart import draw
+from bench.budget.rules import broken_rules, rows_of
+from bench.budget.sass import PIPES
+from bench.gpu import stages
 from tests.counts import COUNTS
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from bench import compare
-from bench.compare import BROKEN, FASTER, GONE, NEW, SAME, SLOWER
 from bench.harness import OUTCOME
+from bench.report import compare
+from bench.report.compare import BROKEN, FASTER, GONE, NEW, SAME, SLOWER
 
 
 def row(name="a", ms=1.0, spread=0.02, competitor="ours (triton)", status="timed", **entries):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from bench import cpu
-from bench.cpu_rows.base import Run, Skipped, Subject, peak_of
+from bench.cpu import command as cpu
+from bench.cpu.rows.base import Run, Skipped, Subject, peak_of
 from bench.machine import Clock
-from bench.report_rows import read_rows
+from bench.report.rows import read_rows
 from bench.store import Store
 
 
@@ -50,7 +50,7 @@ def test_one_that_cannot_take_part_and_one_that_fails_are_rows(run):
 
 
 def test_a_child_that_fails_is_a_row_with_its_last_words(run):
-    run.peak(SUBJECT, "ours", "bench.cpu_rows.contrastive", "nobody's loss", "8", "8")
+    run.peak(SUBJECT, "ours", "bench.cpu.rows.contrastive", "nobody's loss", "8", "8")
     [row] = run.store.rows.values()
     assert row["status"] == "error" and "nobody's loss" in row["reason"]
 

@@ -1,17 +1,19 @@
-"""``python -m bench.cpu_native``: subjects run at tiny sizes, rows hold all competitors, the worst decides a goal."""
+"""``python -m bench.cpu.native``: subjects run at tiny sizes, rows hold all competitors, the worst decides a goal."""
 
 import json
 
 import pytest
 import torch
 
-from bench import cpu_native, native_table, page, report
-from bench.cpu_rows.base import Skipped
+from bench.cpu import native as cpu_native
+from bench.cpu.native_rows import base, start, threads, towers
+from bench.cpu.native_rows.base import OURS, Run, Subject, disagreements
+from bench.cpu.rows.base import Skipped
 from bench.machine import Clock
-from bench.native_rows import base, start, threads, towers
-from bench.native_rows.base import OURS, Run, Subject, disagreements
-from bench.native_table import GOALS, Cost, Goal
-from bench.report_rows import read_devices
+from bench.report import command as report
+from bench.report import native_table, page
+from bench.report.native_table import GOALS, Cost, Goal
+from bench.report.rows import read_devices
 from bench.store import Store
 from florence_fast import native
 from florence_fast.processor import Units
@@ -221,7 +223,7 @@ def test_every_competitor_that_a_goal_names_exists(rehearsed):
 def test_the_page_holds_the_table_of_the_recorded_results():
     text = page.PAGE.read_text(encoding="utf-8")
     part = text.split("<!-- cpu_native:begin -->\n")[1].split("\n<!-- cpu_native:end -->")[0]
-    assert part == native_table.page_text(native_table.read_all(page.RESULTS)), "run python -m bench.page"
+    assert part == native_table.page_text(native_table.read_all(page.RESULTS)), "run python -m bench.report.page"
 
 
 def test_recorded_results_change_the_page_and_are_drawn_by_the_report(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import decoding
+from bench.cpu import decoding
 
 
 def test_it_runs_and_keeps_its_figures(

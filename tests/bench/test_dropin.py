@@ -1,12 +1,12 @@
-"""``bench.dropin`` runs to its end on small inputs, says what it did, and fails when a result moves."""
+"""``bench.cpu.dropin`` runs to its end on small inputs, says what it did, and fails when a result moves."""
 
 import json
 
 import pytest
 import torch
 
-from bench import dropin
-from bench.dropin_models import CASES
+from bench.cpu import dropin
+from bench.cpu.dropin_models import CASES
 
 pytest.importorskip("transformers")
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from bench import goals
-from bench.anchors import Anchors, Goal, Peak, load_anchors
-from bench.goals import MET, NOT_MEASURED, SHORT, judge, judge_all, matches, outcome
 from bench.harness import OUTCOME
-from bench.report_rows import Device
+from bench.report import goals
+from bench.report.anchors import Anchors, Goal, Peak, load_anchors
+from bench.report.goals import MET, NOT_MEASURED, SHORT, judge, judge_all, matches, outcome
+from bench.report.rows import Device
 
 ANCHORS = Anchors({}, [], [Peak("H200", 1e15, "https://here")], [])
 

@@ -9,8 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import gpu, harness, machine, predicted, self_test, stages
+from bench import harness, machine
+from bench.budget import predicted
 from bench.competitors import library
+from bench.gpu import command as gpu
+from bench.gpu import self_test, stages
 from bench.ops import window_attention
 from bench.session import Missing, OutOfTime, Plan, Session, modes_of
 from bench.store import Store

@@ -1,8 +1,8 @@
-"""``bench.hashing`` measures every work, and says why a competitor is missing."""
+"""``bench.cpu.hashing`` measures every work, and says why a competitor is missing."""
 
 import json
 
-from bench import hashing
+from bench.cpu import hashing
 
 
 def test_every_work_has_our_time_and_the_others_one_or_a_reason(tmp_path, capsys):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import competitors, competitors_losses, harness, machine, stages
-from bench.budget_cases import CASES
+from bench import competitors, competitors_losses, harness, machine
+from bench.budget.cases import CASES
+from bench.gpu import stages
 from bench.ops import (
     batched_nms,
     contrastive_loss,

@@ -2,14 +2,14 @@
 
 import pytest
 
-from bench import page
-from bench.report_rows import Device
+from bench.report import page
+from bench.report.rows import Device
 
 TEXT = page.PAGE.read_text(encoding="utf-8")
 
 
 def test_the_tables_are_those_of_the_recorded_results():
-    assert page.fill(TEXT) == TEXT, "run python -m bench.page"
+    assert page.fill(TEXT) == TEXT, "run python -m bench.report.page"
 
 
 def test_a_changed_result_changes_the_table(monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import products
+from bench.cpu import products
 
 
 def test_the_table_and_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

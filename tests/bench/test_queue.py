@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bench import queue, stages
-from bench.report_rows import Device
+from bench.gpu import queue, stages
+from bench.report.rows import Device
 
 
 def row(**entries) -> dict:
@@ -33,7 +33,7 @@ def lines_of(devices: list[Device], budget: queue.Predicted) -> dict[str, list[s
 
 
 def test_the_committed_file_is_what_the_command_writes():
-    assert queue.QUEUE.read_text(encoding="utf-8") == queue.queue(), "run python -m bench.queue"
+    assert queue.QUEUE.read_text(encoding="utf-8") == queue.queue(), "run python -m bench.gpu.queue"
 
 
 def test_every_stage_has_a_line_in_the_order_in_which_they_run(tmp_path):

@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from bench import releases
-from bench.releases import ENVIRONMENTS, Environment
+from bench.cpu import releases
+from bench.cpu.releases import ENVIRONMENTS, Environment
 
 NOT_OF_A_RELEASE = {"test_convergence.py"}
 """Minutes of training, about how rounding grows, which is the same whatever the release."""

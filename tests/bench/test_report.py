@@ -7,13 +7,15 @@ from typing import ClassVar
 import pytest
 import torch
 
-from bench import harness, report, report_charts
-from bench.anchors import load_anchors
+from bench import harness
 from bench.machine import Clock
 from bench.ops import contrastive_loss, layer_norm, window_attention
-from bench.report_charts import chart_names, draw
-from bench.report_rows import Device, exp2_count, figure, floors, groups, read_devices, read_rows, roofline
-from bench.report_tables import Sheet, op_sheet, page_text, reasons, report_text
+from bench.report import charts as report_charts
+from bench.report import command as report
+from bench.report.anchors import load_anchors
+from bench.report.charts import chart_names, draw
+from bench.report.rows import Device, exp2_count, figure, floors, groups, read_devices, read_rows, roofline
+from bench.report.tables import Sheet, op_sheet, page_text, reasons, report_text
 from bench.session import Plan, Session
 from bench.store import Store
 

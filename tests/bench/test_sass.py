@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import sass
+from bench.budget import sass
 
 HEAD = '\n\tcode for sm_80\n\t\tFunction : _kernel\n\t.headerflags\t@"EF_CUDA_SM80"\n'
 

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import machine, tune, tune_record, tune_search, tune_static
+from bench import machine
+from bench.gpu import tune, tune_record, tune_search, tune_static
+from bench.gpu.tune_record import Record
 from bench.ops import layer_norm
 from bench.session import DeviceLost, OutOfTime, Plan, Session
 from bench.store import Store
-from bench.tune_record import Record
 from florence_fast.kernels import configs
 from florence_fast.kernels.configs import Config
 from florence_fast.kernels.configs.search import candidates

@@ -1,0 +1,1 @@
+"""What ``python -m bench.cpu.native`` measures of the native CPU backend, one subject a file."""

@@ -1,1 +1,0 @@
-"""What ``python -m bench.cpu_native`` measures of the native CPU backend, one subject a file."""

@@ -1,0 +1,1 @@
+"""Charts, tables and goals from the stored results."""
