@@ -61,7 +61,7 @@ compat: .venv/ready native
 	$(BIN)/python -m bench.cpu.releases
 
 budget: .venv/ready .venv/triton-3.6.0/ready
-	$(BIN)/python -m bench.budget --full --check --require-both --json bench/results/budget.json --charts docs
+	$(BIN)/python -m bench.budget --full --check --require-both --summary bench/results/budget.json --charts docs
 	$(BIN)/python -m bench.report.page
 	$(BIN)/python -m bench.gpu.queue
 

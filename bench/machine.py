@@ -6,7 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,18 +89,28 @@ def version(package: str) -> str | None:
 
 
 @functools.cache
-def sources(parts: tuple[str, ...] = WHAT_DECIDES_A_ROW) -> str:
+def sources(parts: tuple[str, ...] = WHAT_DECIDES_A_ROW, torch_: str = torch.__version__, triton: Any = None) -> str:
     """Return a digest of the files, and of the versions, that decide a row: a row of other sources is out of date.
 
-    Not the commit: storing the results is a commit as well.
+    It is not the commit, because storing the results is a commit as well. With the versions of a stored row, the
+    digest differs from the row's only where a file has changed.
     """
-    digest = hashlib.sha256(f"{torch.__version__} {version('triton')}".encode())
+    digest = hashlib.sha256(f"{torch_} {version('triton') if triton is None else triton}".encode())
     for part in parts:
         path = ROOT / part
         inside = [file for kind in KINDS for file in path.rglob(f"*.{kind}")]
         for file in [path] if path.is_file() else sorted(inside):
             digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def recorded(rows: Sequence[Mapping[str, Any]], parts: tuple[str, ...] = WHAT_DECIDES_A_ROW) -> str:
+    """Say when rows were recorded, and whether a file that decides them has changed since."""
+    dates = sorted({row["date"] for row in rows})
+    when = f"recorded {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
+    runs = {(row["sources"], row["torch"], str(row["triton"])) for row in rows}
+    stale = any(digest != sources(parts, *versions) for digest, *versions in runs)
+    return f"{when}, before the latest change of the code that it measures" if stale else when
 
 
 def smi(*fields: str) -> dict[str, str]:

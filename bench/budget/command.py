@@ -1,6 +1,6 @@
 """The static budget: what the compiled kernels need of a multiprocessor, held against what memory gives it.
 
-    python -m bench.budget [--check] [--full] [--case SUBSTRING] [--json PATH] [--charts DIR]
+    python -m bench.budget [--check] [--full] [--case SUBSTRING] [--json PATH] [--summary PATH] [--charts DIR]
 
 Every case is compiled for sm_80 and sm_90 without a GPU, its loops are read from the machine code, and the clocks of
 each unit of a multiprocessor (``bench/budget/sass.py``) for one window and head, tile of logits or row are set beside
@@ -29,11 +29,20 @@ from typing import Any
 
 from bench.budget.cases import Case, select
 from bench.budget.rules import broken_rules, exp2_floor, rows_of, tensor_share, title
+from bench.machine import sources
 from florence_fast.files import write_text
 
 ROOT = Path(__file__).parents[2]
 TRITON_36 = ROOT / ".venv" / "triton-3.6.0"
 RESULTS = ROOT / "bench" / "results"
+WHAT_DECIDES = ("kernels", "florence_fast/ops", "bench/budget")
+SHOWN = (
+    *("case", "arch", "machine", "op", "dtype", "head_dim", "safe_dots", "tier", "error", "instructions", "pipes"),
+    *("busiest", "memory_floor", "product_floor", "exp2_floor", "clocks", "measured_clocks"),
+)
+LIMITS_SHOWN = ("of_memory", "of_exp2", "tensor_share")
+KERNEL_SHOWN = ("name", "stack", "registers", "shared")
+"""What a summary keeps of a row, of its limits, and of its kernels."""
 
 Row = dict[str, Any]
 
@@ -49,6 +58,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="every case and not only the quick ones")
     parser.add_argument("--case", default="", metavar="SUBSTRING", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything that was found")
+    parser.add_argument("--summary", type=Path, metavar="PATH", help="write what docs/benchmarks.md shows of it")
     parser.add_argument("--charts", type=Path, metavar="DIR", help="draw budget_a100.png, budget_h200.png and others")
     parser.add_argument("--triton-36", type=Path, default=TRITON_36, metavar="DIR", help="where Triton 3.6.0 lies")
     parser.add_argument("--require-both", action="store_true", help="fail if Triton 3.6.0 is not there")
@@ -75,6 +85,8 @@ def main(args: Sequence[str] | None = None) -> int:
     show(report)
     if options.json is not None:
         write_text(options.json, json.dumps(report) + "\n")
+    if options.summary is not None:
+        write_text(options.summary, format_summary(report))
     if options.charts is not None:
         from bench.budget.chart import draw
 
@@ -154,11 +166,24 @@ def build_report(found: list[dict[str, Any]], args: Sequence[str] | None) -> dic
         "rows": rows,
         "other_rows": [row for group in others for row in group],
     }
+    report["sources"] = sources(WHAT_DECIDES, report["torch"], str(report["triton"]))
     results = measured_rows()
     for row in [*report["rows"], *report["other_rows"]]:
         row["measured_clocks"] = measured(row, results)
     broken = broken_rules(report)
     return report | {"broken": broken, "allowed": [x for x in broken_rules(report, strict=True) if x not in broken]}
+
+
+def format_summary(report: dict[str, Any]) -> str:
+    """Return the JSON of what the page, the charts and the queue of GPUs show: a line for each row."""
+    kept = {name: value for name, value in report.items() if name not in ("rows", "other_rows")}
+    rows = [
+        {name: row[name] for name in SHOWN if name in row}
+        | {"limits": {name: row["limits"][name] for name in LIMITS_SHOWN}}
+        | {"kernels": [{name: kernel[name] for name in KERNEL_SHOWN} for kernel in row["kernels"]]}
+        for row in report["rows"]
+    ]
+    return json.dumps(kept)[:-1] + ', "rows": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]}\n"
 
 
 def measured_rows(folder: Path = RESULTS) -> list[Row]:

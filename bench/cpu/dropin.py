@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bench.cpu.dropin_models import CASES, Case
 from bench.cpu.rows.base import CPU
-from bench.machine import Clock, facts, sources, where
+from bench.machine import Clock, facts, recorded, sources, where
 from bench.report.tables import Sheet, milliseconds
 from bench.store import Row, Store
 from florence_fast import compat, native, processor
@@ -40,6 +40,7 @@ WHAT_DECIDES = (
     "florence_fast/compat",
     "bench/cpu/dropin_models.py",
 )
+COLOURS = {"fp32": "#4c78a8", "bf16": "#54a24b"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BEFORE, AFTER, COMPILED = "before", "after", "torch.compile"
 PLAIN = "after, MKL's products"
@@ -226,7 +227,11 @@ def page_text(folder: Path) -> str:
     for path in sorted(folder.glob("dropin-*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         chart = f"![How many times as fast each model is]({_chart(rows)})"
-        parts += [f"{_machine(rows[0])}; medians of turns, `{path.name}`.", sheet(rows).markdown(), chart]
+        parts += [
+            f"{_machine(rows[0])}; medians of turns, `{path.name}`; {recorded(rows, WHAT_DECIDES)}.",
+            sheet(rows).markdown(),
+            chart,
+        ]
     return "\n\n".join(parts) or "Not measured yet."
 
 
@@ -244,21 +249,26 @@ def draw(rows: list[Row], folder: Path) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     timed = [row for row in rows if row["status"] == "timed"]
     path = folder / _chart(rows)
-    whole, axes = plt.subplots(figsize=(9, 1 + 0.28 * max(len(timed), 1)), dpi=100, layout="constrained")
+    whole, axes = plt.subplots(figsize=(9, 1.4 + 0.28 * max(len(timed), 1)), dpi=100, layout="constrained")
     for place, row in enumerate(timed):
         times = row["times"]
         ratio = times[BEFORE] / times[AFTER]
-        axes.barh(place, ratio, 0.7, color="#4c78a8" if row["dtype"] == "fp32" else "#54a24b")
+        axes.barh(place, ratio, 0.7, color=COLOURS[row["dtype"]])
         axes.annotate(f"{ratio:.2f}", (ratio, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
         if COMPILED in times:
             axes.plot(times[BEFORE] / times[COMPILED], place, "d", color="#333333", markersize=4)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(timed)), [f"{row['model']}, {row['dtype']}" for row in timed], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("times as fast as before; diamonds: torch.compile, once it has compiled", fontsize=8)
+    axes.set_ylim(len(timed) - 0.4, -0.6)
+    axes.set_xlabel("times as fast as before", fontsize=8)
+    handles = [Patch(color=colour, label=f"ff.accelerate, {dtype}") for dtype, colour in COLOURS.items()]
+    diamond = Line2D([], [], linestyle="", marker="d", color="#333333", markersize=5, label="torch.compile, compiled")
+    whole.legend(handles=[*handles, diamond], loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:

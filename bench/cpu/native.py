@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench.cpu.native_rows import rows_of_a_block, start, step, threads, towers, windows
-from bench.cpu.native_rows.base import Run
+from bench.cpu.native_rows.base import WHAT_DECIDES, Run
 from bench.cpu.rows.base import CPU
 from bench.machine import Clock, facts, sources, version
 from bench.report import native_table, page
@@ -35,10 +35,6 @@ SUBJECTS = {
     "start": start,
     "threads": threads,
 }
-WHAT_DECIDES = (
-    *("csrc", "florence_fast/native.py", "florence_fast/ops", "florence_fast/models", "florence_fast/compat"),
-    *("florence_fast/train/loss.py", "florence_fast/verify", "florence_fast/timing.py", "bench/cpu/native_rows"),
-)
 QUIET = 0.5
 """The load that others may put on the machine, in processes, before figures are doubtful."""
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.cpu.native_rows import start, step, threads, towers
-from bench.cpu.native_rows.base import OURS
+from bench.cpu.native_rows.base import OURS, WHAT_DECIDES
 from bench.cpu.native_rows.windows import OUR_TORCH
-from bench.machine import where
+from bench.machine import recorded, where
 from bench.report.goals import MET, NOT_MEASURED, SHORT
 from bench.report.tables import Sheet, milliseconds
 from bench.store import Row
@@ -248,8 +248,9 @@ def page_text(tables: list[Table]) -> str:
     """Return what docs/benchmarks.md shows: a table for each instruction set."""
     parts = []
     for table in tables:
-        parts.append(f"{table.machine}; medians of turns, `{table.path.name}`.")
-        parts += [sheet(table).markdown(), f"![Each goal, and the part of it that is reached]({table.chart})"]
+        when = recorded(table.rows, WHAT_DECIDES)
+        parts.append(f"{table.machine}; medians of turns, `{table.path.name}`; {when}.")
+        parts += [sheet(table).markdown(), f"![Each goal, and how many times as fast we are]({table.chart})"]
     return "\n\n".join(parts) or f"{NOT_MEASURED.capitalize()}."
 
 
@@ -265,34 +266,64 @@ def show(table: Table) -> None:
 
 
 def draw(table: Table, folder: Path) -> Path:
-    """Draw a line for each goal: its comparisons as dots, their geometric mean as a bar, in parts of the goal."""
+    """Draw a bar for each goal: how many times as fast ours is, with its comparisons as dots and the goal as a tick."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     verdicts = [verdict for verdict in judge_all(table) if verdict.values]
-    whole, axes = plt.subplots(figsize=(10, 1.2 + 0.34 * len(verdicts)), dpi=100, layout="constrained")
+    whole, axes = plt.subplots(figsize=(10, 1.6 + 0.34 * len(verdicts)), dpi=100, layout="constrained")
     for place, verdict in enumerate(verdicts):
-        mean = verdict.reached(verdict.mean)
-        axes.barh(place, mean, 0.62, color="#54a24b" if verdict.status == MET else "#e9a23b", alpha=0.75)
-        dots = [verdict.reached(found.value) for found in verdict.values]
-        axes.plot(dots, [place] * len(dots), "o", color="#333333", markersize=3, alpha=0.6)
+        goal = verdict.goal
+        times, wanted_times = [_times(goal, found.value) for found in verdict.values], _times(goal, _asked(goal))
+        mean = _times(goal, verdict.mean)
+        axes.barh(place, mean - LEFT, 0.62, LEFT, color=REACHED if verdict.status == MET else NOT_REACHED, alpha=0.75)
+        axes.plot(times, [place] * len(times), "o", color="#333333", markersize=3, alpha=0.6)
+        axes.plot([wanted_times], [place], "|", color="black", markersize=17, markeredgewidth=2)
         written = {"textcoords": "offset points", "va": "center", "fontsize": 7}
-        axes.annotate(shown(verdict.goal, verdict.mean), (max(mean, *dots, 1), place), (6, 0), **written)
-    axes.axvline(1, color="black", linewidth=1.2)
+        axes.annotate(shown(goal, verdict.mean), (max(mean, wanted_times, *times), place), (6, 0), **written)
+    axes.axvline(1, color="#999999", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(left=LEFT)
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(LogLocator(10, subs=()))
     axes.set_yticks(range(len(verdicts)), [_label(verdict) for verdict in verdicts], fontsize=7)
     axes.set_ylim(len(verdicts) - 0.4, -0.6)
-    axes.set_xlabel("part of the goal that is reached: bars are geometric means, dots comparisons", fontsize=8)
+    axes.set_xlabel("times as fast as the competitor, logarithmic", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.1)
+    handles = [
+        Patch(color=REACHED, alpha=0.75, label="geometric mean, every comparison reaches the goal"),
+        Patch(color=NOT_REACHED, alpha=0.75, label="geometric mean, not every one does"),
+        Line2D([], [], linestyle="", marker="|", color="black", markersize=12, markeredgewidth=2, label="the goal"),
+        Line2D([], [], linestyle="", marker="o", color="#333333", markersize=4, alpha=0.6, label="a comparison"),
+    ]
+    whole.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     whole.suptitle(table.machine, fontsize=10)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / table.chart) as beside:
         whole.savefig(beside, format="png")
     plt.close(whole)
     return folder / table.chart
+
+
+REACHED, NOT_REACHED = "#54a24b", "#e9a23b"
+LEFT = 0.5  # where the chart's bars begin: half as fast as the competitor
+
+
+def _asked(goal: Goal | Cost) -> float:
+    return 1 + goal.at_most if isinstance(goal, Cost) else goal.at_least
+
+
+def _times(goal: Goal | Cost, value: float) -> float:
+    """Return how many times as fast ours is; a cost over the sum of the parts is a little less than once."""
+    return 1 / value if isinstance(goal, Cost) else value
 
 
 def _label(verdict: Verdict) -> str:

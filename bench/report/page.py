@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.budget.chart import floor, shown
+from bench.budget.command import WHAT_DECIDES
 from bench.cpu import dropin, releases
+from bench.machine import recorded
 from bench.report import native_table
 from bench.report.anchors import load_anchors
 from bench.report.rows import read_devices
@@ -99,7 +101,8 @@ def budget_table() -> str:
     return "\n".join(
         [
             f"bf16, head dim 32, one window and head, Triton {' and '.join(budget['triton'])} "
-            f"(the table shows the first). {budget['compiles']} kernels were compiled for it.",
+            f"(the table shows the first). {budget['compiles']} kernels were compiled for it; "
+            f"{recorded([{'sources': None} | budget], WHAT_DECIDES)}.",
             "",
             "| window | " + " | ".join(head) + " |",
             "|---|" + "---:|" * len(head),

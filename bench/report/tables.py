@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bench.machine import recorded
 from bench.report.anchors import Anchors, Published
 from bench.report.charts import chart_names
 from bench.report.goals import NOT_MEASURED, Verdict, judge_all, outcome, wanted
@@ -280,6 +281,6 @@ def cpu_text(devices: list[Device]) -> str:
         sheet = Sheet("", ["work", "by", "ms", "times ours", "GB over the inputs"], lines)
         first = timed[0]
         machine = f"{device.name}, {first['threads']} threads, torch {first['torch']}"
-        texts.append(f"{machine}; medians, competitors taking turns.\n")
+        texts.append(f"{machine}; medians, competitors taking turns; {recorded(timed)}.\n")
         texts.append(sheet.markdown())
     return "\n".join(texts) if texts else "Not measured yet."

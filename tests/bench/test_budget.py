@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.budget import aot
+from bench.budget import aot, chart
 from bench.budget import command as budget
 from bench.budget.cases import ALLOWED, CASES, LEFT_OUT, select
 from bench.budget.chart import draw
@@ -90,6 +90,14 @@ class TestCompiledKernels:
         printed = checked[2]
         assert all(row["case"] in printed for row in checked[1]["rows"])
         assert "not yet" in printed or any(row["measured_clocks"] for row in checked[1]["rows"])
+
+    def test_a_summary_gives_the_same_charts_and_predictions(self, checked):
+        rows = json.loads(budget.format_summary(checked[1]))["rows"]
+        for wanted in (chart._is_window, chart._is_long, chart._is_other):
+            assert [wanted(row) for row in rows] == [wanted(row) for row in checked[1]["rows"]]
+        figures = ("case", "arch", "clocks", "pipes", "busiest")
+        assert [[row[x] for x in figures] for row in rows] == [[row[x] for x in figures] for row in checked[1]["rows"]]
+        assert [chart.floor(row) for row in rows] == [chart.floor(row) for row in checked[1]["rows"]]
 
     def test_charts_are_drawn_small_enough_for_a_readme(self, checked, tmp_path):
         paths = draw(checked[1]["rows"], tmp_path)

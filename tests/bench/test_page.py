@@ -2,6 +2,7 @@
 
 import pytest
 
+from bench import machine
 from bench.report import page
 from bench.report.rows import Device
 
@@ -36,3 +37,19 @@ def test_a_measured_gpu_takes_the_place_of_not_measured_yet(monkeypatch):
 def test_missing_markers_are_named():
     with pytest.raises(ValueError, match=r"docs/benchmarks\.md must hold <!-- demo:begin -->"):
         page.fill("nothing here")
+
+
+def test_rows_say_when_a_file_that_decides_them_has_changed_since(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    machine.sources.cache_clear()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("a = 1")
+    row = {"date": "2026-11-25", "torch": "2.11.0", "triton": "3.6.0"}
+    row["sources"] = machine.sources(("kernels",), "2.11.0", "3.6.0")
+    later = row | {"date": "2026-11-29"}
+    assert machine.recorded([later, row], ("kernels",)) == "recorded 2026-11-25 to 2026-11-29"
+    (tmp_path / "kernels" / "a.py").write_text("a = 2")
+    machine.sources.cache_clear()
+    said = machine.recorded([row], ("kernels",))
+    machine.sources.cache_clear()
+    assert said == "recorded 2026-11-25, before the latest change of the code that it measures"

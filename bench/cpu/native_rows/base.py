@@ -17,6 +17,11 @@ from bench.store import Row, Store
 from florence_fast import processor
 from florence_fast.timing import time_calls
 
+WHAT_DECIDES = (
+    *("csrc", "florence_fast/native.py", "florence_fast/ops", "florence_fast/models", "florence_fast/compat"),
+    *("florence_fast/train/loss.py", "florence_fast/verify", "florence_fast/timing.py", "bench/cpu/native_rows"),
+)
+
 Call = Callable[[], Any]
 Builds = Mapping[str, Callable[[], Call]]
 
