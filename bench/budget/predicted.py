@@ -1,4 +1,4 @@
-"""What the static budget says a multiprocessor needs, to stand beside what was measured."""
+"""The clocks that the static budget predicts, for comparison with measured ones."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What waits for a GPU, written anew: ``python -m bench.gpu.queue`` makes GPU_QUEUE.md.
+"""List what waits for a GPU: ``python -m bench.gpu.queue`` writes GPU_QUEUE.md.
 
 From the stages, the stored rows, and the static budget, which says what a multiprocessor needs for a unit of an op.
 """

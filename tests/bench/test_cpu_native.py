@@ -242,5 +242,5 @@ def test_recorded_results_change_the_page_and_are_drawn_by_the_report(tmp_path, 
 def test_a_file_of_other_rows_is_refused_by_name(tmp_path):
     path = tmp_path / "cpu-avx2.json"
     path.write_text(json.dumps({"rows": [{"op": "x"}]}))
-    with pytest.raises(ValueError, match=r"cpu-avx2\.json must hold rows of bench\.cpu_native, got KeyError: 'shape'"):
+    with pytest.raises(ValueError, match=r"cpu-avx2\.json must hold rows of bench\.cpu\.native, got KeyError: 'shape'"):
         native_table.read(path)

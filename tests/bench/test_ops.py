@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench.ops
 from bench import competitors, competitors_losses, harness, machine
 from bench.budget.cases import CASES
 from bench.gpu import stages
@@ -39,7 +40,7 @@ def rival(op: ModuleType, inputs: Inputs) -> Callable:
 
 def test_every_op_is_measured_by_a_stage_of_its_own():
     assert {entry_of(op) for op in EVERY} == set(OPS)
-    files = {path.stem for path in (Path(stages.__file__).parent / "ops").glob("*.py")} - {"__init__"}
+    files = {path.stem for path in Path(bench.ops.__file__).parent.glob("*.py")} - {"__init__"}
     names = [op.OP for op in EVERY]
     assert files == set(names) and len({op.PLACE for op in EVERY}) == len(EVERY)
     named = [stage.name for stage in stages.stages()]

@@ -212,7 +212,7 @@ def test_the_rehearsal_compiles_ahead_searches_and_changes_no_table(tmp_path, ca
 def test_a_child_that_fails_fails_the_rehearsal(session):
     budget = tune_static.Exclusions(80, words=("--most", "many"))
     try:
-        with pytest.raises(RuntimeError, match=r"bench\.tune_static failed\n(.*\n)*.*'many'"):
+        with pytest.raises(RuntimeError, match=r"bench\.gpu\.tune_static failed\n(.*\n)*.*'many'"):
             budget.wait(60)
         assert budget.of("layer_norm_fwd", "bfloat16/n16/d128", 60) == {}
     finally:
@@ -241,7 +241,7 @@ def test_apply_writes_the_winners_alone(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "table_90.json").read_text()) == {"k": {"a": {"num_warps": 2}}}
     assert not tune_record.write_table(tmp_path / "table_90.json", record.table()), "nothing new"
     (tmp_path / "tuning" / "sm_80.json").write_text('{"rows": 3}')
-    with pytest.raises(ValueError, match=r"must hold a record of bench\.tune, got TypeError"):
+    with pytest.raises(ValueError, match=r"must hold a record of bench\.gpu\.tune, got TypeError"):
         tune.main(["--apply", "--out", str(tmp_path)])
 
 

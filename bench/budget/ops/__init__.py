@@ -1,1 +1,1 @@
-"""The static budget's cases, one file for each op; a new op is one more file here and a line in budget_cases.py."""
+"""The static budget's cases, one file for each op; a new op is one more file here."""

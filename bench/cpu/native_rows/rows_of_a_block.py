@@ -1,4 +1,4 @@
-"""What stands between the products of a block: layer norm of the residual sum, and GELU of the product with its bias.
+"""Row-wise work between the products of a block: layer norm of the residual sum, and GELU of a product with its bias.
 
 Letters: C channels · F hidden width · R rows.
 """

@@ -1,4 +1,4 @@
-"""How long it takes until something happens: the import, and the first features of one image, in fresh processes."""
+"""Start-up time: the import, and the first features of one image, in fresh processes."""
 
 import statistics
 import subprocess
