@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parents[1] / "results"
 LOGS = Path(__file__).parents[2] / "runs" / "gpu"
-REHEARSAL_MINUTES = 5
+REHEARSAL_MINUTES = 60
+"""A rehearsal is no lease of a machine: it ends with its last row, on a busy machine too."""
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:

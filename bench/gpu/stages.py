@@ -72,6 +72,7 @@ def correctness(session: Session) -> Details:
     """The tests that need a GPU, in a child process; without pytest the checks of ``florence-fast verify``."""
     absent = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     details: Details = {"absent": absent}
+    limit = 3600 if session.plan.rehearse else 240  # a rehearsal costs no time of a GPU, and the machine may be busy
     if absent:
         session.show(
             f"  {' and '.join(absent)} not installed: the checks of florence-fast verify stand in for the tests"
@@ -79,7 +80,7 @@ def correctness(session: Session) -> Details:
     else:
         tests = ["tests/ops"] if session.plan.rehearse else ["tests"]
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *tests]
-        details["pytest"] = child(session, "pytest", command, limit=240)
+        details["pytest"] = child(session, "pytest", command, limit=limit)
     if absent or session.plan.rehearse:
         code = (
             "import sys; from florence_fast.verify import verify; from florence_fast.files import write_json; "
@@ -87,7 +88,7 @@ def correctness(session: Session) -> Details:
             "print([row for row in found['checks'] if not row['passed']]); sys.exit(not found['passed'])"
         )
         command = [sys.executable, "-c", code, session.device.type, str(session.logs / "verify.json")]
-        details["verify"] = child(session, "verify", command, limit=240)
+        details["verify"] = child(session, "verify", command, limit=limit)
     return details
 
 
