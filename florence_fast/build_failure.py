@@ -1,4 +1,4 @@
-"""Why the native extension is absent, as the installation wrote it down; read without torch."""
+"""The reason why the native extension is absent, as the installation recorded it; read without torch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Checks of plain values, with one wording: the name, what was wanted, what was given."""
+"""Checks of plain values. Every message has the name, what was wanted and what was given."""
 
 import math
 import numbers

@@ -1,4 +1,4 @@
-"""The terminal: tables and lines in which what a user typed, or a file is called, is shown as it is."""
+"""Terminal output: tables and lines that show user input and file names literally."""
 
 from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""The words in which wrong names, wrong numbers and missing packages are refused, the same everywhere."""
+"""Shared wording of the errors for wrong names, wrong numbers and missing packages."""
 
 import difflib
 import importlib

@@ -1,4 +1,4 @@
-"""Models as files that run without this package: ONNX, torch.export's and AOTInductor's, each checked against eager.
+"""Export models to ONNX, torch.export and AOTInductor files that run without this package, checked against eager.
 
 Everything is traced inside ``ops.backend("reference")``: the graph holds PyTorch's own operations alone. Batches of
 every size fit, unless told otherwise, and with ``dynamic_size`` images of every size from 4 pixels on: windows, pads,

@@ -1,4 +1,4 @@
-"""What a bug report needs to say about a machine, collected without importing more than it must."""
+"""Facts about a machine for a bug report, collected with few imports."""
 
 import importlib.metadata
 import os

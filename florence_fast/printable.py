@@ -1,4 +1,4 @@
-"""Names and captions that others made, safe to show in a terminal, a log or a page."""
+"""Make names and captions from files safe to print in a terminal, a log or a page."""
 
 import unicodedata
 

@@ -1,4 +1,4 @@
-"""What made a number: the command, the commit, the versions, the machine, the day. Every recorded result carries it."""
+"""Provenance of a result: command, commit, versions, machine and date. Every recorded result carries it."""
 
 import functools
 import hashlib

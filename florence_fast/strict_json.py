@@ -1,4 +1,4 @@
-"""JSON from files that others made, and JSON that every reader takes: no NaN, no infinity, no lone surrogates."""
+"""Strict JSON: untrusted files are checked, and output has no NaN, no infinity and no lone surrogates."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Text files that others made: UTF-8, with or without a byte-order mark, and of a size that memory can hold."""
+"""Read untrusted text files: UTF-8, with or without a byte-order mark, and of limited size."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How long calls take: events on a GPU, turns of all calls on a CPU; the median with the 20% and 80% quantiles."""
+"""Time calls, with events on a GPU and in turns on a CPU: the median with the 20% and 80% quantiles."""
 
 import math
 import statistics

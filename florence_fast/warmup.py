@@ -1,4 +1,4 @@
-"""Run a model once so that every kernel it needs is compiled, and lies in Triton's cache on disk for the next process.
+"""Run a model once, so that its kernels are compiled and stored in Triton's cache on disk.
 
 Letters: B pairs of a batch · L context length · S side of the images
 """

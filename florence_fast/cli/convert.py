@@ -38,7 +38,7 @@ def command(
         bool, typer.Option("--warm-start-coswin", help="Turn a plain Swin into a CoSwin to train on.")
     ] = False,
 ) -> None:
-    """Bring a checkpoint to our names, or back.
+    """Convert a checkpoint to our names, or back.
 
     Reads Swin and UniCL of Microsoft, Swin of timm, torchvision and Hugging Face, and CLIP's text tower of Hugging
     Face and open_clip; writes ours, or a plain Swin for the others. A file with pickled code is never run: it is

@@ -1,4 +1,4 @@
-"""``florence-fast demo``: the whole story in one command."""
+"""``florence-fast demo``: train on six artists and test on a seventh, in one command."""
 
 import math
 from pathlib import Path
@@ -46,11 +46,10 @@ def command(
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
-    """Train on images by six artists, then read a seventh.
+    """Train on images by six artists, then test on a seventh.
 
-    What the shipped weights read is shown first. florence_nano then learns the names of 8,666 images and is asked
-    about those of an artist that it has never seen. The folder gets results.json, curves, a report with images, and
-    the weights.
+    The demo first evaluates the shipped weights. It then trains florence_nano on the names of 8,666 images and tests
+    it on an artist that it has never seen. The folder gets results.json, curves, a report with images, and the weights.
     """
     from florence_fast.models.pretrained import find_pretrained
 

@@ -68,7 +68,7 @@ def zero_shot(
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """How often the right name is the first, or among the first 5 or 10, of all names."""
+    """Zero-shot classification: top-1, top-5 and top-10 accuracy over all names."""
     from florence_fast.evaluate import class_indices, with_texts
     from florence_fast.evaluate import zero_shot as measure
     from florence_fast.evaluate.features import device_of
@@ -94,7 +94,7 @@ def retrieval(
     csv_img_key: CsvImgKey = "filepath",
     csv_caption_key: CsvCaptionKey = "title",
     csv_separator: CsvSeparator = None,
-    template: Annotated[str, typer.Option("--template", help="What is asked; {} stands for the text.")] = "{}",
+    template: Annotated[str, typer.Option("--template", help="The prompt; {} stands for the text.")] = "{}",
     model: ModelOfWeights = None,
     pretrained: Pretrained = None,
     out: Out = None,
@@ -133,7 +133,7 @@ def classification(
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """How often a fine-tuned model names the class: of all images, and as the mean of the classes."""
+    """Accuracy of a fine-tuned model: over all images, and as the mean over classes."""
     from florence_fast.data.class_folders import ClassFolders
     from florence_fast.evaluate.classification import classification as measure
     from florence_fast.models.classifier import load_classifier

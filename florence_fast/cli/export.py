@@ -1,4 +1,4 @@
-"""``florence-fast export``: a model as a file that runs without this package."""
+"""``florence-fast export``: write a model as a file that runs without this package."""
 
 from pathlib import Path
 from typing import Annotated

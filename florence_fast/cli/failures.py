@@ -1,4 +1,4 @@
-"""What a command's error means to the user: one line and an exit code, or a traceback where it is a fault of ours.
+"""Map a command's error to one line and an exit code, or to a traceback where it is a bug.
 
 Wrong usage exits with 2, a failure with 1. An error with which a function of ours refuses its arguments is wrong
 usage, wherever it comes from, since the arguments of commands are the user's. The same kind of error raised by another

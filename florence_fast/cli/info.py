@@ -1,4 +1,4 @@
-"""``florence-fast info``: what is installed, what is there to run on, and what each op would do about it."""
+"""``florence-fast info``: versions, devices, and the backend of each op on each device."""
 
 from typing import Annotated
 

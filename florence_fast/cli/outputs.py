@@ -1,4 +1,4 @@
-"""Looking, before any work, whether what a command is to write can be written where it is wanted."""
+"""Check, before any work, that a command's output files and folders can be written."""
 
 import os
 import tempfile

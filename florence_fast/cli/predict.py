@@ -1,4 +1,4 @@
-"""``florence-fast predict``: which of some texts an image shows."""
+"""``florence-fast predict``: rank texts by how well they describe an image."""
 
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +38,7 @@ def command(
         ),
     ] = None,
     more_texts: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-    template: Annotated[str, typer.Option("--template", help="What is asked; {} stands for the text.")] = "{}",
+    template: Annotated[str, typer.Option("--template", help="The prompt; {} stands for the text.")] = "{}",
     model: ModelOfWeights = None,
     pretrained: Pretrained = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the answer here, as JSON.")] = None,
@@ -46,7 +46,7 @@ def command(
     precision: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """Say which of several texts, or which class, an image shows."""
+    """Rank several texts, or a model's classes, for an image."""
     from florence_fast.data.images import open_image
     from florence_fast.data.prompts import fill
     from florence_fast.evaluate import probabilities

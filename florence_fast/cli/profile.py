@@ -1,4 +1,4 @@
-"""``florence-fast profile``: where the time of a model goes, by range, op and kernel, and the commands for Nsight."""
+"""``florence-fast profile``: a model's time by range, op and kernel, and the commands for Nsight."""
 
 import shlex
 import shutil

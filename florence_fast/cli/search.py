@@ -46,7 +46,7 @@ def command(
 ) -> None:
     """Find images in a folder by words.
 
-    The ranked list goes to the screen and to results.json, the images themselves to one page, contact_sheet.html.
+    Prints the ranked list, and writes it to results.json and the images to one page, contact_sheet.html.
     """
     from florence_fast.evaluate import ImageFolder, index_images
     from florence_fast.evaluate import search as rank

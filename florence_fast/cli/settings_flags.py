@@ -1,4 +1,4 @@
-"""Flags that are generated from dataclasses of settings: their name, type, range, default and help stand there once."""
+"""Command-line flags generated from settings dataclasses: name, type, range, default and help."""
 
 import dataclasses
 import inspect

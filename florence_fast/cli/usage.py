@@ -1,4 +1,4 @@
-"""What the commands share: refusals become wrong usage, and a model is loaded with its tokenizer."""
+"""Shared by the commands: refusals become wrong usage, and a model is loaded with its tokenizer."""
 
 import signal
 import sys
@@ -44,7 +44,7 @@ ModelOfWeights = Annotated[
         show_default=f"that of a folder or file as --pretrained, or else {DEFAULT_MODEL}",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of what is drawn at random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the random draws.")]
 Pretrained = Annotated[
     str | None,
     typer.Option(

@@ -1,4 +1,4 @@
-"""``florence-fast warmup``: compile what a model needs before it is needed."""
+"""``florence-fast warmup``: compile a model's kernels ahead of time."""
 
 from typing import Annotated, Any
 
@@ -37,10 +37,10 @@ def command(
     train: Annotated[bool, typer.Option("--train", help="The backward too.")] = False,
     device: Device = None,
 ) -> None:
-    """Compile a model's kernels ahead.
+    """Compile a model's kernels ahead of time.
 
-    The model runs once on random images and texts. What is compiled stays in Triton's cache on disk, so that the
-    next process finds it; a second call of this command says how much was there.
+    The model runs once on random images and texts. Compiled kernels stay in Triton's cache on disk for the next
+    process. A second call of this command reports how many were cached.
     """
     with refusals_as_wrong_usage():
         device = pick_device(device)

@@ -1,7 +1,7 @@
 """The demo's data: emoji by seven artists with their names and Unicode's keywords.
 
-Six artists are for training; the seventh, whose drawings no training run sees, asks whether the names were learnt
-or the drawings. The images are shipped; scripts/render_artists.py makes them again, NOTICE credits them.
+Six artists are for training. The seventh, whose drawings no training run sees, tests whether the model learned the
+names or the drawings. The images are shipped; scripts/render_artists.py makes them again, NOTICE credits them.
 """
 
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch at once, on whatever device the batch lies.
+"""Augmentation of a whole batch at once, on the batch's device.
 
 One affine map and one colour map an image, a handful of tensor operations a batch: on two CPU cores this
 costs a few per cent of the training step, where image-by-image augmentation would cost more than the

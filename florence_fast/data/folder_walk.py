@@ -1,4 +1,4 @@
-"""The files below a folder, links to other folders included, each folder once."""
+"""List the files below a folder. Links to folders are followed, and each folder is visited once."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``report.html``: one file with its images inside, for someone who was not there."""
+"""``report.html``: a self-contained page about one run of the demo."""
 
 import base64
 import html

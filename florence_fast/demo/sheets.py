@@ -1,4 +1,4 @@
-"""Two sheets of the unseen artist's images: what words find, and what images are read as."""
+"""Two sheets of the unseen artist's images: the results of text queries, and the names predicted for images."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the weights that the package ships do, shown before the demo trains its own."""
+"""Evaluate the shipped weights, before the demo trains its own."""
 
 from typing import Any
 

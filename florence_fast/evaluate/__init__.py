@@ -1,4 +1,4 @@
-"""Evaluation: how well the dual encoder names images, finds them, and is found by them."""
+"""Evaluation of dual encoders: zero-shot classification, retrieval and search."""
 
 from florence_fast.evaluate.features import EncodedImages, encode_images, encode_texts, with_texts
 from florence_fast.evaluate.predict import probabilities

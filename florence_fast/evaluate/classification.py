@@ -1,4 +1,4 @@
-"""How often a classifier is right: over all images, and as the mean over classes.
+"""Accuracy of a classifier: over all images, and as the mean over classes.
 
 Letters: B images of a batch · K classes
 """

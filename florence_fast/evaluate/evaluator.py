@@ -1,4 +1,4 @@
-"""What measures a dual encoder while it trains, with open_clip's names for the figures."""
+"""Evaluators that run during training. Metrics carry open_clip's names."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which of some texts describes an image, as probabilities."""
+"""Probabilities of several texts for one image."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""An image tower with class names: what a file of fine-tuned weights says besides its tensors.
+"""An image tower with class names, as a file of fine-tuned weights describes it.
 
 Letters: K classes
 """

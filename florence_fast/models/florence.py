@@ -1,4 +1,4 @@
-"""Florence (arXiv 2111.11432, sections 2.2 and 2.3): an image tower and a text tower that meet in one space.
+"""Florence (arXiv 2111.11432, sections 2.2 and 2.3): an image tower and a text tower with a shared embedding space.
 
 A bias-free linear map takes each tower's pooled features to the shared width D; features are compared by their cosine
 times a learned factor. ``florence_huge`` has 637,368,368 + 248,291,712 + (2048 + 1152) * 1024 + 1 = 888,936,881

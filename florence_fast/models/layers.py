@@ -1,4 +1,4 @@
-"""The pieces that both towers are made of.
+"""Layers shared by the image and text towers.
 
 B batch · H W map height and width · C channels · h heads
 """

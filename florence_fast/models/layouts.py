@@ -1,4 +1,4 @@
-"""Whose names a checkpoint uses, and what they are called here.
+"""Recognise which library's names a checkpoint uses, and map them to ours.
 
 Read: our own files, Microsoft's Swin and UniCL (with both of UniCL's older spellings), timm's Swin of either
 generation, Hugging Face's Swin of either generation. Our parameters carry Microsoft's names, so that most of this

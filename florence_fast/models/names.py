@@ -1,4 +1,4 @@
-"""The registered names as types, from which an editor knows what `create_model` returns; a test holds them complete."""
+"""The registered names as types, so that editors know what `create_model` returns. A test keeps them complete."""
 
 from typing import Literal, TypeAlias
 

@@ -1,4 +1,4 @@
-"""Weights by tag, directory or file, and loading them into a model: never silently in part, never NaN."""
+"""Find weights by tag, directory or file, and load them. Partial loads and NaN are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading files of weights: safetensors and pickled tensors, never pickled objects, and nothing half-read.
+"""Read weights from safetensors and pickled tensors. Pickled objects and truncated files are refused.
 
 A file may come from a stranger. What is damaged, misshaped or of another kind is a ValueError that names the file.
 """

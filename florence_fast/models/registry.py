@@ -1,4 +1,4 @@
-"""Named configurations: sizes are data, and this file is where they stand.
+"""Registry of named model configurations.
 
 ``florence_*`` are dual encoders, ``coswin_*`` their image towers alone, ``swin_*`` the published Swin sizes and
 ``unicl_swin_*`` the models that Microsoft released with UniCL. `num_parameters` counts any of them without memory.

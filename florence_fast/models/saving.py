@@ -1,4 +1,4 @@
-"""Writing a model's weights and configuration so that one file is enough to load it again, whole or not at all."""
+"""Write a model's weights and configuration to one file, atomically."""
 
 from __future__ import annotations
 

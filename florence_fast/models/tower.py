@@ -1,4 +1,4 @@
-"""What CoSwin and Swin share: four stages of window attention, pooling, and the surface that timm's users know.
+"""Base class of CoSwin and Swin: four stages of window attention, pooling, and timm's interface.
 
 B batch · H W map height and width · C channels · K classes
 """

@@ -1,4 +1,4 @@
-"""One model's steps under torch.profiler: where the time goes, by range, by op and by kernel."""
+"""Profile a model's steps with torch.profiler: time by range, op and kernel."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""The ranges of a profile as bars: what each took, and what of it none of the ranges inside accounts for."""
+"""Bar chart of a profile's ranges: total time, and time outside of nested ranges."""
 
 from pathlib import Path
 from typing import Any

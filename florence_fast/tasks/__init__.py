@@ -1,4 +1,4 @@
-"""Training objectives, one file each: what makes batches and a loss for the engine in `florence_fast.train`.
+"""Training objectives, one file each. A task makes batches and a loss for the engine in `florence_fast.train`.
 
 A new task is a file here and a line in TASKS.
 """

@@ -1,4 +1,4 @@
-"""Batches of decoded images, uint8, as the normalised tensors that a model takes.
+"""Turn batches of decoded uint8 images into normalised input tensors.
 
 Letters: B images of a batch · S side of the images
 """

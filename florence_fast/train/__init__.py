@@ -1,4 +1,4 @@
-"""Training: losses, the gradient cache, processes, and the engine that runs any task and survives kills."""
+"""Training: losses, the gradient cache, process groups, and the engine, which runs any task and resumes a run."""
 
 from florence_fast.train.checkpoint import CheckpointStore, CorruptCheckpointError
 from florence_fast.train.config import PAPER_STAGES, RunConfig, Stage, paper_stages

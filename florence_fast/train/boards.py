@@ -1,4 +1,4 @@
-"""Where a run's curves are shown: TensorBoard and Weights & Biases."""
+"""Loggers for a run's curves: TensorBoard and Weights & Biases."""
 
 import hashlib
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A training run as data: the stages of the paper and the settings of the engine; those of a task are its own.
+"""Configuration of a run: the paper's stages and the engine's settings. Each task has a dataclass of its own.
 
 Section 2.2 of the paper trains in stages: on augmented texts, then without them, then at high resolution. A stage is
 a row here and nothing else, so a schedule can be read, stored in a checkpoint and compared.

@@ -1,4 +1,4 @@
-"""How far a run has come: the numbers that a checkpoint carries besides tensors."""
+"""Progress counters of a run, which a checkpoint carries besides tensors."""
 
 import math
 from dataclasses import asdict, dataclass

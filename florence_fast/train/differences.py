@@ -1,4 +1,4 @@
-"""In which entries two descriptions of a run differ: settings, models, data, environments."""
+"""Compare two descriptions of a run: settings, models, data, environments."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""When a run is evaluated by its task, and on which weights."""
+"""Evaluation during a run: when, and with which weights."""
 
 import logging
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold, and must agree on with a run, before the run goes on from it."""
+"""Resume a run: checks that a checkpoint is complete and belongs to the run."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

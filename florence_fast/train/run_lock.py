@@ -1,4 +1,4 @@
-"""One living run in a folder: a second one that would write there is refused."""
+"""Lock of a run's folder: a second run that would write there is refused."""
 
 import errno
 import fcntl

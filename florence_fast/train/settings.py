@@ -1,4 +1,4 @@
-"""Settings as data: frozen dataclasses whose fields state what they accept, for checks, JSON and command-line flags."""
+"""Settings dataclasses: frozen, with accepted values per field, for checks, JSON and command-line flags."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

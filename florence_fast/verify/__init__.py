@@ -1,4 +1,4 @@
-"""Whether the ops are right and fast on this machine, in two minutes: trust in our numbers starts with yours.
+"""Check in two minutes that the ops are correct and fast on this machine.
 
 Each op runs against its reference in float64, forward and backward, in each dtype; the error of the plain computation
 in that dtype decides how much is allowed (see ``compare``). Then each is timed beside its rivals on the same tensors.

@@ -1,4 +1,4 @@
-"""Whether values and gradients are right: their distance from float64, beside that of a plain computation.
+"""Compare values and gradients with float64, relative to the error of a plain computation in the same dtype.
 
 A result passes when it is at most twice as far from the float64 reference as the plain computation in the same dtype,
 a gradient three times: what a precision cannot do is asked of nobody, what it can do is. Beyond ``CEILINGS`` nothing

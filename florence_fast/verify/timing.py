@@ -1,4 +1,4 @@
-"""The calls that are timed: forward, backward, or both, of one function on one set of tensors."""
+"""Timed calls: forward, backward, or both, of one function on one set of tensors."""
 
 from collections.abc import Mapping
 from typing import cast

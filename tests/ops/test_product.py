@@ -16,7 +16,7 @@ RULES = {
     ("GenuineIntel", "AVX2"): "plain",
     ("", "DEFAULT"): "plain",
 }
-"""Maker and vector instructions -> the library of short float32 products; for long ones see test_matmul_native."""
+"""Maker and vector instructions -> the library of short float32 products; for long ones see test_matmul_cpp."""
 
 
 class Calls(TorchDispatchMode):
