@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from florence_fast.data.images import to_rgb
-from florence_fast.data.pairs import PairSource
+from florence_fast.data.images import ImageSource, to_rgb
 from florence_fast.data.resizing import RESIZE_MODES, fit, resize
 from florence_fast.data.sampling import CROP, uniform
 from florence_fast.data.threads import one_thread_after_fork
@@ -29,7 +28,7 @@ Decoded = dict[Key, np.ndarray | str]
 class Decoder:
     """Decode images of ``source`` to ``size`` x ``size``; the part that a random crop shows follows from its key."""
 
-    source: PairSource
+    source: ImageSource
     size: int
     crop: str
     seed: int

@@ -5,6 +5,7 @@ import io
 import os
 import stat
 import warnings
+from typing import Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -26,6 +27,14 @@ FORMATS = {
     "WEBP": (".webp",),
 }
 SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+
+class ImageSource(Protocol):
+    """Whatever holds images by number."""
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> Image.Image: ...
+    def describe(self, index: int) -> str: ...
 
 
 def open_image(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -13,14 +13,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from florence_fast.data.decoding import CROPS, Decoded, Decoder, Here, Key
+from florence_fast.data.images import ImageSource
 from florence_fast.data.picture_cache import PictureCache, fits_in_memory, shrink
 from florence_fast.data.resizing import INTERPOLATIONS
 from florence_fast.data.sampling import epoch_order
@@ -36,14 +36,6 @@ JUDGED_AFTER = 200
 NAMED_IN_ERROR = 5
 NAMED_IN_BATCH = 4
 WORKER_TIMEOUT = 300.0  # seconds; longer than a network drive needs to come back
-
-
-class ImageSource(Protocol):
-    """Whatever holds images by number."""
-
-    def __len__(self) -> int: ...
-    def image(self, index: int) -> Image.Image: ...
-    def describe(self, index: int) -> str: ...
 
 
 # Begins to decode some images, and returns the call that waits for them.

@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from florence_fast.data.pair_loader import PairBatch
+from florence_fast.data.pairs import PairSource
 from florence_fast.demo.recipe import EVALUATIONS
 from florence_fast.files import write_json
 from florence_fast.models.florence import Florence
@@ -88,7 +90,7 @@ def measure_speed(
         trained = copy.deepcopy(model).train()
         trained.set_input_size(img_size=size)
         # Nothing is read: the batch is given.
-        task = ContrastiveTask(trained, tokenizer, (), config, augment=augment)
+        task = ContrastiveTask(trained, tokenizer, cast(PairSource, ()), config, augment=augment)
         prepare(task, run)
         state = TrainState(task, run)
         numbers = torch.arange(run.batch_size)

@@ -1,4 +1,4 @@
-"""What a profile says, as rows: our ranges, torch's ops and, on a GPU, the kernels, in milliseconds a step.
+"""Summarise a profile as rows: our ranges, torch's ops and, on a GPU, the kernels, in milliseconds a step.
 
 On a CPU a range's time is the time that passed in it; on a GPU it is the time of the kernels that were launched in it.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
 from florence_fast.ranges import PREFIX
 
@@ -30,7 +30,7 @@ def summarise(profiler: torch.profiler.profile, steps: int, *, device: bool) -> 
         "total_ms" over the whole; "ops" with the same, "self_ms" being without the ops inside; "kernels" with "name",
         "calls", "total_ms" and "share", empty on a CPU.
     """
-    events = list(profiler.events())
+    events = list(profiler.events() or ())
     kernels = [event for event in events if _is_kernel(event)]
     if device:
         whole = sum(_elapsed(event) for event in kernels)

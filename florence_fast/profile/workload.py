@@ -1,17 +1,19 @@
-"""What is profiled: a forward pass or a contrastive training step of a named model, on random images and texts.
+"""The profiled workload: a forward pass or a contrastive training step of a named model, on random inputs.
 
 Letters: B pairs of a batch · L context length · S side of the images
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from florence_fast.data.pair_loader import PairBatch
-from florence_fast.models import create_model
-from florence_fast.models.config import FlorenceConfig
+from florence_fast.data.pairs import PairSource
+from florence_fast.models import Florence, create_model
+from florence_fast.models.config import FlorenceConfig, ImageConfig
 from florence_fast.models.factory import model_config
 from florence_fast.precision import autocast, input_dtype, resolve_precision
 from florence_fast.tasks.contrastive import ContrastiveConfig, ContrastiveTask
@@ -69,16 +71,18 @@ def make_step(workload: Workload, device: str) -> Step:
     torch.manual_seed(workload.seed)
     size = {} if workload.image_size is None else {"img_size": workload.image_size}
     model = create_model(workload.model, None, workload.precision, device, **size)
-    return (_training_step if workload.train else _forward)(workload, model)
+    return _training_step(workload, cast(Florence, model)) if workload.train else _forward(workload, model)
 
 
-def _forward(workload: Workload, model: nn.Module) -> Step:
+def _forward(workload: Workload, model: Florence | nn.Module) -> Step:
     model.eval()
     parameter = next(model.parameters())
-    both = isinstance(model.config, FlorenceConfig)
-    side = (model.config.image if both else model.config).img_size
+    config = cast(FlorenceConfig | ImageConfig, model.config)
+    side = (config.image if isinstance(config, FlorenceConfig) else config).img_size
     images = torch.randn(workload.batch_size, 3, side, side, device=parameter.device, dtype=input_dtype(model))
-    inputs = (images, _tokens(workload, model).to(parameter.device)) if both else (images,)
+    inputs = (images,)
+    if isinstance(model, Florence):
+        inputs = (images, _tokens(workload, model).to(parameter.device))
 
     def step() -> object:
         with torch.no_grad(), autocast(workload.precision, parameter.device):
@@ -87,7 +91,7 @@ def _forward(workload: Workload, model: nn.Module) -> Step:
     return step
 
 
-def _training_step(workload: Workload, model: nn.Module) -> Step:
+def _training_step(workload: Workload, model: Florence) -> Step:
     """Return the engine's own step on one batch, at a constant learning rate."""
     model.train()
     size, samples = model.config.image.img_size, workload.batch_size
@@ -100,7 +104,7 @@ def _training_step(workload: Workload, model: nn.Module) -> Step:
     task = ContrastiveTask(
         model,
         lambda texts: tokens[: len(texts)],
-        (),  # nothing is read: the one batch is given
+        cast(PairSource, ()),  # nothing is read: the one batch is given
         ContrastiveConfig(micro_batch_size=workload.micro_batch_size),
     )
     precision = resolve_precision(workload.precision, task.device)
@@ -115,7 +119,7 @@ def _training_step(workload: Workload, model: nn.Module) -> Step:
     return step
 
 
-def _tokens(workload: Workload, model: nn.Module) -> Tensor:
+def _tokens(workload: Workload, model: Florence) -> Tensor:
     """Draw (B, L) ids that fill the context: none is padding, and the last is the greatest, the end of the text."""
     vocab_size = model.config.text.vocab_size
     tokens = torch.randint(1, vocab_size - 1, (workload.batch_size, model.context_length))

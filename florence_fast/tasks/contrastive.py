@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -121,8 +121,8 @@ class ContrastiveInputs(Inputs):
         return mix([self._open(part) for part in self.train_data.split("::")], factors)
 
     def _open(self, spec: str) -> PairSource:
-        keys = {"img_key": self.csv_img_key, "caption_key": self.csv_caption_key}
-        return open_pairs(spec, **keys, separator=self.csv_separator)
+        columns = self.csv_img_key, self.csv_caption_key
+        return open_pairs(spec, img_key=columns[0], caption_key=columns[1], separator=self.csv_separator)
 
     def create(self, source: PairSource, settings: "ContrastiveConfig", device: str) -> "ContrastiveTask":
         """Build a dual encoder with its tokenizer, and what measures it."""
@@ -133,8 +133,8 @@ class ContrastiveInputs(Inputs):
         if self.imagenet_val is not None:
             evaluators.append(ZeroShotEvaluator(tokenizer, self.imagenet_val))
         pretrained = None if self.pretrained == "none" else self.pretrained
-        start = SIGLIP_START if settings.loss == "siglip" else {}
-        model = create_model(self.model, pretrained, device=device, **start)
+        start: dict[str, Any] = SIGLIP_START if settings.loss == "siglip" else {}
+        model = cast(Florence, create_model(self.model, pretrained, device=device, **start))
         return ContrastiveTask(model, tokenizer, source, settings, evaluators=evaluators)
 
     def next_commands(self, folder: Path) -> Sequence[str]:
@@ -163,7 +163,7 @@ class Prepared(NamedTuple):
 
 
 class ContrastiveTask(Task):
-    """Bring matching images and texts together.
+    """Pretrain an image tower and a text tower contrastively.
 
     Every distinct text is encoded once and spread back to its images. Features are normalised and compared in fp32.
 
@@ -197,10 +197,9 @@ class ContrastiveTask(Task):
         self.epoch_size = len(source)
         self.augment = augment or augmentation(model.config, self.config.augment)
         self._evaluators = tuple(evaluators)
-        has_bias = model.logit_bias is not None
-        if self.config.loss == "siglip" and not has_bias:
+        if self.config.loss == "siglip" and model.logit_bias is None:
             raise ValueError("loss siglip needs a model with a logit_bias: create_model(..., init_logit_bias=-10.0)")
-        if has_bias:
+        if model.logit_bias is not None:
             model.logit_bias.requires_grad_(self.config.loss == "siglip")
         if self.config.lock_image:
             model.lock_image_tower()
@@ -299,6 +298,7 @@ class ContrastiveTask(Task):
         bias = others[0] if self.model.logit_bias is not None else None
         labels = others[-1] if self.config.loss == "unicl" else None
         if self.config.loss == "siglip":
+            assert bias is not None, "checked where the task is made"
             return self.compare(*features, logit_scale.float(), bias.float())
         return self.compare(*features, logit_scale.float(), labels)
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written beside, synced, renamed, and verified by their digest before use.
+"""Atomic checkpoints: written to a temporary file, synced, renamed, and verified by their digest before use.
 
 ``step_K.pt`` holds everything that a run needs to go on, ``step_K.pt.sha256`` its digest (``sha256sum -c`` reads it),
 ``step_K.safetensors`` the weights alone, and ``latest`` the name of the checkpoint that was written last.
@@ -11,7 +11,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -68,7 +68,7 @@ class CheckpointStore:
         with replacing(path) as beside:
             with open(beside, "wb") as file:
                 hashing = _HashingFile(file)
-                torch.save(state, hashing)
+                torch.save(state, cast(IO[bytes], hashing))
             write_text(_sidecar(path), f"{hashing.digest.hexdigest()}  {path.name}\n")
         self._verified[path] = _stamp(path)
         if write_weights is not None:
@@ -218,4 +218,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _step_of(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
+    found = _NAME.fullmatch(path.name)
+    assert found is not None, f"{path} is no checkpoint"
+    return int(found[1])

@@ -1,4 +1,4 @@
-"""What ranks, and a run and its checkpoint, must have in common besides the settings: the model."""
+"""Describe the model, which must be the same on all ranks and in a run and its checkpoint."""
 
 import hashlib
 from typing import Any
@@ -14,7 +14,8 @@ def model_name(model: nn.Module) -> str:
 def model_config(model: nn.Module) -> dict[str, Any]:
     """Return the configuration of a model that has one as ``config``, and of others nothing."""
     config = getattr(model, "config", None)
-    return config.to_dict() if hasattr(config, "to_dict") else {}
+    to_dict = getattr(config, "to_dict", None)
+    return {} if to_dict is None else to_dict()
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Processes: joining a group started by torchrun, and collectives through which a joint loss is differentiated.
+"""Process groups started by torchrun, and differentiable collectives for a joint loss.
 
 The rule of every differentiable collective here: all ranks compute the same objective, the loss of the whole
 joined batch, and each rank's gradient is the derivative of that one number with respect to the rank's own tensor.
@@ -225,7 +225,7 @@ class _GatherRows(torch.autograd.Function):
         return all_gather_rows(rows, counts, group)
 
     @staticmethod
-    def backward(ctx: Any, dgathered: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dgathered: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         parts = dgathered.new_zeros(len(ctx.counts), max(ctx.counts), *dgathered.shape[1:])
         for part, rows in zip(parts, dgathered.split(ctx.counts), strict=True):
             part[: len(rows)] = rows
@@ -242,7 +242,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return dtotal, None
 
 
@@ -259,7 +259,7 @@ class _LogSumExpOverRanks(torch.autograd.Function):
         return largest, total.log_()
 
     @staticmethod
-    def backward(ctx: Any, _: None, drest: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, _: None, drest: Tensor) -> tuple[None, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (share,) = ctx.saved_tensors
         return None, drest * share, None
 
@@ -271,7 +271,7 @@ class _JoinOverRanks(torch.autograd.Function):
         return all_gather_rows(values, counts, group)
 
     @staticmethod
-    def backward(ctx: Any, djoined: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, djoined: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return djoined.split(ctx.counts)[ctx.rank], None, None
 
 
@@ -282,5 +282,5 @@ class _ScaleGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return dloss * ctx.factor, None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,8 @@ class EMA:
         exact = {**dict(model.named_parameters()), **(masters or {})}
         weights = {name: p.detach().float() for name, p in exact.items()}
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_([self.average[name] for name in weights], list(weights.values()), 1 - decay)
+        followed = [self.average[name] for name in weights]
+        torch._foreach_lerp_(followed, list(weights.values()), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def restart_resized(self, model: nn.Module) -> None:
         """Let the average of every parameter that has changed its shape start again from where it is now."""
@@ -52,7 +54,7 @@ class EMA:
         """Return the average and the number of updates."""
         return {"average": self.average, "updates": self.updates}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned.
 
         Raises:

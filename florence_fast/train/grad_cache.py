@@ -10,7 +10,7 @@ Letters: B rows of an input
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -168,8 +168,9 @@ class GradCache:
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         """Return a context in which the wrapper's processes exchange gradients only if this is the last part."""
         if self._is_fsdp and not last:
-            return _without_gradient_sync(self.model)
-        return nullcontext() if last or not hasattr(self.model, "no_sync") else self.model.no_sync()
+            return _without_gradient_sync(cast(FSDPModule, self.model))
+        no_sync = cast("Callable[[], AbstractContextManager[Any]] | None", getattr(self.model, "no_sync", None))
+        return nullcontext() if last or no_sync is None else no_sync()
 
 
 class _RandomState:
@@ -199,7 +200,8 @@ def _backward(outputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None
     ]
     if pairs:
         with torch.autocast(pairs[0][0].device.type, enabled=False):
-            torch.autograd.backward(*zip(*pairs, strict=True))
+            graded, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(graded, gradients)
 
 
 def _cut(x: Tensor, count: int) -> list[Tensor]:

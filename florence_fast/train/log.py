@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress bar, open_clip's line, ``results.jsonl``, and TensorBoard where installed.
+"""Logging of a run: a progress bar, open_clip's log line, ``results.jsonl``, and TensorBoard where installed.
 
 The folders are open_clip's: ``out.log``, ``params.txt`` and ``tensorboard/`` in the run's folder, ``results.jsonl``
 beside the checkpoints.
@@ -233,15 +233,20 @@ class RunLog:
         """Append a line to ``results.jsonl``, with its key "step"; NaN and Inf, which JSON lacks, become null."""
         if self.enabled:
             try:
-                self._results.write(format_json(record) + "\n")
-                self._results.flush()
+                results = self._opened()
+                results.write(format_json(record) + "\n")
+                results.flush()
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.results_path)) from error
+
+    def _opened(self) -> TextIO:
+        assert self._results is not None, "the log is open inside its with block only"
+        return self._results
 
     def sync(self) -> None:
         """Bring ``results.jsonl`` to the disk, before a checkpoint that counts on it."""
         if self.enabled:
-            os.fsync(self._results.fileno())
+            os.fsync(self._opened().fileno())
 
     def __enter__(self) -> "RunLog":
         return self
@@ -287,14 +292,15 @@ class _Unread:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        # AttributeError: there is no stream at all, as under pythonw
-        with suppress(OSError, ValueError, AttributeError):
-            self.stream.write(text)
+        if self.stream is not None:  # there is none under pythonw
+            with suppress(OSError, ValueError):
+                self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError, AttributeError):
-            self.stream.flush()
+        if self.stream is not None:
+            with suppress(OSError, ValueError):
+                self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["stream"], name)
@@ -302,4 +308,4 @@ class _Unread:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Unread)
 
-    __hash__ = None
+    __hash__ = None  # pyright: ignore[reportAssignmentType]

@@ -1,4 +1,4 @@
-"""fp32 copies of 16-bit weights: what the optimiser updates, so that steps too small for 16 bits add up.
+"""fp32 master copies of 16-bit weights. The optimiser updates them, so that small steps add up.
 
 bf16 has 8 bits of mantissa: AdamW's step of 5e-4 on a weight of 1 rounds back to 1, every time.
 """
@@ -52,7 +52,7 @@ class MasterWeights:
     def give_weights(self) -> None:
         """Round the copies into the model's weights."""
         if self.copies:
-            torch._foreach_copy_(list(self._weights.values()), list(self.copies.values()))
+            torch._foreach_copy_(list(self._weights.values()), list(self.copies.values()))  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the copies."""

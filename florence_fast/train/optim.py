@@ -1,8 +1,8 @@
-"""AdamW with decoupled decay, the groups that it does not decay, and the learning rate of every step."""
+"""AdamW with parameter groups for weight decay, and the learning-rate schedules."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,7 +25,8 @@ def split_by_decay(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str,
     Raises:
         ValueError: ``no_weight_decay`` names a parameter that the model does not have.
     """
-    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    no_weight_decay = cast("Callable[[], Iterable[str]] | None", getattr(model, "no_weight_decay", None))
+    exempt = set() if no_weight_decay is None else set(no_weight_decay())
     parameters = dict(model.named_parameters())
     if missing := sorted(exempt - parameters.keys()):
         raise ValueError(f"no_weight_decay() names parameters that the model does not have: {', '.join(missing)}")

@@ -1,4 +1,6 @@
-"""A task's model as the processes of a run train it."""
+"""Wrap a task's model for compilation and for several processes."""
+
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ def wrap(model: nn.Module, compiled: bool = False) -> nn.Module:
     Gradient buckets have the dtypes of the parameters, so weights must have been cast before. The result shares the
     parameters of ``model``, whose names stay what they were.
     """
-    module = torch.compile(model) if compiled else model
+    module = cast(nn.Module, torch.compile(model)) if compiled else model
     if world_size() == 1:
         return module
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""What makes two runs equal to the bit: deterministic algorithms, seeds by step, and generators that can be stored."""
+"""Bitwise reproducible runs: deterministic algorithms, seeds per step, and generators that can be stored."""
 
 import logging
 import platform
@@ -11,6 +11,8 @@ import torch
 
 from florence_fast.strict_json import format_json, parse_json
 from florence_fast.train.differences import differences
+
+_memory: Any = torch.utils.deterministic  # a module whose one attribute its class defines
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +27,14 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    mode, filling = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    mode, filling = torch.get_deterministic_debug_mode(), _memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    _memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        _memory.fill_uninitialized_memory = filling
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

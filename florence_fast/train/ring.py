@@ -88,10 +88,15 @@ def circulate(block: Tensor, counts: list[int], group: dist.ProcessGroup | None 
         block = incoming
 
 
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None, "no process group"
+    return dist.group.WORLD
+
+
 def _exchange(outgoing: Tensor, incoming: Tensor, group: dist.ProcessGroup | None) -> list[dist.Work]:
     """Begin to send to the next rank and to receive from the one before; what holds no rows does not travel."""
     me, size = rank(group), world_size(group)
-    after, before = (dist.get_global_rank(group or dist.group.WORLD, (me + step) % size) for step in (1, -1))
+    after, before = (dist.get_global_rank(group or _world(), (me + step) % size) for step in (1, -1))
     transfers = [
         dist.P2POp(transfer, x, peer, group)
         for transfer, x, peer in ((dist.isend, outgoing, after), (dist.irecv, incoming, before))
@@ -120,7 +125,9 @@ def _ring_gradients(
         The sums over the blocks, of at least float32, in the order of ``gradients_of``.
     """
     places = _places(counts)
-    sums, requests, travelling = None, [], None
+    sums: list[Tensor] | None = None
+    travelling: Tensor | None = None
+    requests: list[dist.Work] = []
     for source, block in circulate(cols, counts, group):
         drows, dcols, *others = (
             x.to(torch.promote_types(x.dtype, torch.float32)) for x in gradients_of(block, places[source])
@@ -133,6 +140,7 @@ def _ring_gradients(
         travelling = dcols.new_empty(counts[source - 1], *dcols.shape[1:])
         requests = _exchange(dcols, travelling, group)
     _wait(requests)
+    assert sums is not None and travelling is not None, "a ring has at least one block"
     return [sums[0], travelling, *sums[1:]]
 
 
@@ -177,7 +185,7 @@ class _RingStatistics(torch.autograd.Function):
         return row_top, row_rest, col_top, col_rest, positive
 
     @staticmethod
-    def backward(
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, _: None, drow: Tensor, __: None, dcol: Tensor, dpositive: Tensor
     ) -> tuple[Tensor | None, ...]:
         rows, cols, scale, row_labels, all_labels, weight, row_lse, col_lse = ctx.saved_tensors
@@ -224,7 +232,7 @@ class _RingSigmoidLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rows, cols, scale, bias, row_labels, all_labels = ctx.saved_tensors
         needs = [True] * 4 + [False] * 2
 

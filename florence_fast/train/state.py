@@ -1,4 +1,4 @@
-"""What a run changes with every step: weights, their fp32 masters, optimiser, loss scale, moving average, counters."""
+"""Mutable state of a run: weights, their fp32 masters, optimiser, loss scale, moving average, counters."""
 
 import logging
 import math
@@ -31,9 +31,10 @@ def prepare(task: Task, run: RunConfig) -> None:
     """Cast the model's weights to the run's precision and set the task up; comes before the model is wrapped."""
     cast_weights(task.model, run.precision)
     if run.grad_checkpointing:
-        if not hasattr(task.model, "set_grad_checkpointing"):
+        recompute = getattr(task.model, "set_grad_checkpointing", None)
+        if recompute is None:
             raise ValueError(f"grad_checkpointing: {type(task.model).__name__} cannot recompute its activations")
-        task.model.set_grad_checkpointing(True)
+        recompute(True)
     task.setup(run)
 
 
@@ -81,7 +82,7 @@ class TrainState:
         self.masters.take_gradients()
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.masters.named.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         loss_value, norm_value, finite, stopping = agree(loss, norm, stop)
         skipped = ""
         self.whole = False

@@ -1,4 +1,4 @@
-"""What a training objective gives to the engine: batches, a loss, and what it wants logged, saved and evaluated.
+"""The contract between a training objective and the engine: batches, a loss, logged values, metadata, evaluators.
 
 One file of `florence_fast.tasks` is one task. A task contains no loop and no checkpoint code: steps, stages,
 precision, clipping, skipping, checkpoints, resume and signals belong to the engine.
@@ -23,8 +23,10 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 class Batch(Protocol):
     """The samples of one step and rank."""
 
-    skipped: int
-    """How many of them stand in for an unreadable sample."""
+    @property
+    def skipped(self) -> int:
+        """How many of them stand in for an unreadable sample."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -103,7 +105,7 @@ class Task:
         """Prepare for a run: called once, after the weights were cast and before the model is wrapped."""
         self.run = run
 
-    def batches(self, stage: Stage, batch_size: int, position: int, stopping: Callable[[], bool]) -> Iterator[Batch]:
+    def batches(self, stage: Stage, batch_size: int, position: int, stopping: Callable[[], bool]) -> Iterator[Any]:
         """Return this rank's batches without end.
 
         Args:
@@ -114,12 +116,12 @@ class Task:
         """
         raise NotImplementedError
 
-    def loss(self, batch: Batch, stage: Stage, step: int) -> Tensor:
+    def loss(self, batch: Any, stage: Stage, step: int) -> Tensor:
         """Return the mean loss of this rank's batch, 0-D, with its graph."""
         raise NotImplementedError
 
     def backward(
-        self, batch: Batch, stage: Stage, step: int, scale: Callable[[Tensor], Tensor], autocast: Autocast
+        self, batch: Any, stage: Stage, step: int, scale: Callable[[Tensor], Tensor], autocast: Autocast
     ) -> Tensor:
         """Leave the gradients of the loss on the parameters.
 
