@@ -63,10 +63,11 @@ def _lacks_units(format: str) -> bool:
     return not processor.units(format).fast
 
 
-_lacks_units._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
+# torch.compiler.assume_constant_result would import the compiler.
+_lacks_units._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def widened(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def widened(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Return the tensors in float32."""
     return tuple(None if tensor is None else tensor.float() for tensor in tensors)
 
@@ -137,7 +138,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 def matmul_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a^T b``: (R, M) and (R, N), the product of the gradient of a weight."""
     if widens(a):
-        total = None
+        total: Any = None
         for rows in chunks(len(a), max(a.shape[1], b.shape[1]), long=True):
             term = matmul_over_rows(a[rows].float(), b[rows].float())
             total = term if total is None else total.add_(term)

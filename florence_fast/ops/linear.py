@@ -37,7 +37,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _plain(x, weight, bias)
     if dispatch.is_transformed() or not _is_ours(x, weight, bias):
         return F.linear(x, weight, bias)
-    x, weight, bias = (None if t is None else dispatch.autocast_input(t) for t in (x, weight, bias))
+    x, weight = dispatch.autocast_input(x), dispatch.autocast_input(weight)
+    bias = None if bias is None else dispatch.autocast_input(bias)
     with dispatch.without_autocast("cpu"):
         needs_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
         return _Linear.apply(x, weight, bias) if needs_graph else _product.linear(x, weight, bias)
@@ -68,7 +69,8 @@ def convolution(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias
     if not _product.widens(x, dtype):
         return convolve(x, weight, bias, *args)
     with dispatch.without_autocast("cpu"):
-        x, weight, bias = (None if t is None else t.to(dtype).float() for t in (x, weight, bias))
+        x, weight = x.to(dtype).float(), weight.to(dtype).float()
+        bias = None if bias is None else bias.to(dtype).float()
         return convolve(x, weight, bias, *args).to(dtype)
 
 
@@ -78,7 +80,8 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _product.widens(x, dtype):
         return F.linear(x, weight, bias)
     with dispatch.without_autocast("cpu"):
-        x, weight, bias = (None if t is None else t.to(dtype).float() for t in (x, weight, bias))
+        x, weight = x.to(dtype).float(), weight.to(dtype).float()
+        bias = None if bias is None else bias.to(dtype).float()
         return F.linear(x, weight, bias).to(dtype)
 
 
@@ -105,7 +108,7 @@ class _Linear(torch.autograd.Function):
         return _product.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows, grad = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])

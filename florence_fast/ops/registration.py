@@ -49,14 +49,14 @@ class RegisteredOp:
             or torch._C._len_torch_dispatch_stack()
             or torch._C._are_functorch_transforms_active()
             or torch._C._get_tracing_state() is not None
-            or torch.autograd._profiler_enabled()
+            or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
         ):
             return self._op(*inputs)
         differentiates = torch.is_grad_enabled()
         for x in inputs:
             kind = type(x)
             if kind in _PLAIN_TENSORS:
-                if x.is_meta or (differentiates and x.requires_grad) or torch._C._functorch.is_legacy_batchedtensor(x):
+                if x.is_meta or (differentiates and x.requires_grad) or _is_legacy_batched(x):
                     return self._op(*inputs)
             elif kind not in _VALUES:
                 return self._op(*inputs)
@@ -120,6 +120,7 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else ranges.OFF
 
 
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
 _PLAIN_TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _VALUES = frozenset({type(None), bool, int, float, str, list, torch.dtype})
 
@@ -137,7 +138,7 @@ def differentiable_gradients(
     device = next(x.device for x in tensors if x is not None)
     with torch.enable_grad(), dispatch.without_autocast(device.type):
         # One tensor may have been computed from another, which is no part of this op's gradient.
-        own = [x.view_as(x) if need else x for x, need in zip(tensors, needs, strict=True)]
+        own: list[Any] = [x.view_as(x) if need and x is not None else x for x, need in zip(tensors, needs, strict=True)]
         pairs = [(x, grad.to(x.dtype)) for x, grad in zip(reference(*own), grads_out, strict=True) if grad is not None]
         wanted = [x for x, need in zip(own, needs, strict=True) if need]
         outs, grads = zip(*pairs, strict=True)

@@ -76,8 +76,8 @@ class Op:
         self._make_example, self._reasons = example, reasons or {}
         self._package = function.__module__.rpartition(".")[0]
         self._backends: dict[str, ModuleType] = {}
-        self.forward_op: RegisteredOp | None = None
-        self.backward_op: RegisteredOp | None = None
+        self.forward_op: Any = None  # a RegisteredOp, of ops that have kernels of their own
+        self.backward_op: Any = None
         assert self.name not in dispatch.OPS, f"the op {self.name!r} is registered twice"
         dispatch.OPS[self.name] = self
         if tensors:
@@ -148,8 +148,8 @@ class Op:
         name_fwd = f"{self.name}_fwd"
 
         def run_forward(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
-            *inputs, name = inputs
-            return getattr(self._backends.get(name) or self.backend(name), name_fwd)(*inputs)
+            *given, name = inputs
+            return getattr(self._backends.get(name) or self.backend(name), name_fwd)(*given)
 
         def run_backward(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
             others, backend = inputs[: -2 if self._trains else -1], inputs[-1]
@@ -235,7 +235,7 @@ def _filled(grads: Sequence[Tensor | None] | Tensor, tensors: Sequence[Tensor | 
     """Put an empty tensor where there is no gradient: one for each of the tensors, or the only one alone."""
     if isinstance(grads, Tensor):
         return grads
-    x = tensors[0]
+    x: Any = tensors[0]
     filled = [x.new_empty(0) if grad is None else grad for grad in grads]
     filled += [x.new_empty(0) for _ in range(len(tensors) - len(filled))]
     return filled[0] if len(filled) == 1 else tuple(filled)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ def has_unknown(sizes: Sequence[int]) -> bool:
 def if_longer(shift: int, size: int, window: int) -> int:
     """Give ``shift`` for an axis longer than the window, else 0; by arithmetic alone where the size is not known."""
     if has_unknown((size,)):
-        return shift * torch.sym_min(torch.sym_max(size - window, 0), 1)
+        return shift * torch.sym_min(torch.sym_max(size - window, 0), 1)  # pyright: ignore[reportReturnType]
     return shift if size > window else 0
 
 
@@ -82,7 +83,7 @@ def cut_map(size: Size, window_size: Size, shift_size: Size) -> Cut:
 
 def window_and_grid(size: Size, window_size: Size) -> tuple[Size, Size]:
     """Give the window, no longer than the map, and how many fit; without a guard on symbolic sizes."""
-    window = tuple(torch.sym_min(s, w) for s, w in zip(size, window_size, strict=True))
+    window: Any = tuple(torch.sym_min(s, w) for s, w in zip(size, window_size, strict=True))
     return window, tuple((s + w - 1) // w for s, w in zip(size, window, strict=True))
 
 

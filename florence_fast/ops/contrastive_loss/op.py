@@ -268,7 +268,7 @@ def _backward(
     )
 
 
-def _example(device: str) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
+def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     features = F.normalize(torch.randn(2, 6, 8, device=device), dim=-1)
     labels = torch.tensor([3, 1, 3, 4, 1, 3], device=device)
     return (*features, torch.tensor(10.0, device=device), labels), {}

@@ -180,7 +180,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _example(device: str) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
     x, weight = torch.randn(2, 8, 8, 16, device=device), torch.randn(32, 16, 3, 3, device=device)
     return (x, weight, None, *torch.randn(2, 32, device=device)), {"stride": 2, "padding": 1}
 

@@ -5,6 +5,7 @@ output map.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ def sample(x: Tensor, offset: Tensor, mask: Tensor | None, *geometry: list[int])
 
 
 def sample_gradients(
-    dcolumns: Tensor, x: Tensor, offset: Tensor, mask: Tensor | None, *rest: Sequence[int] | bool
+    dcolumns: Tensor, x: Tensor, offset: Tensor, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Return the columns, if the last argument says so, and the gradients of offset and mask."""
     *geometry, needs_columns = rest
@@ -30,7 +31,7 @@ def sample_gradients(
     sizes = _geometry(x.shape, offset, *geometry)
     tensors = (dcolumns, x, *_float(offset, mask), doffset, dmask, columns)
     native.call("deform_conv2d_bwd", x.dtype, sizes, *tensors)
-    return columns, doffset.to(offset.dtype), None if dmask is None else dmask.to(mask.dtype)
+    return columns, doffset.to(offset.dtype), None if dmask is None or mask is None else dmask.to(mask.dtype)
 
 
 def input_gradient(

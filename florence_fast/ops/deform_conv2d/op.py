@@ -62,9 +62,9 @@ def deform_conv2d(
     torch.Size([2, 16, 9, 9])
     """
     if isinstance(input, Tensor):
+        given: tuple[Any, ...] = (input, weight, bias)
         input, weight, bias = (
-            dispatch.autocast_input(x) if isinstance(x, Tensor) and x.is_floating_point() else x
-            for x in (input, weight, bias)
+            dispatch.autocast_input(x) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given
         )
     stride, padding, dilation = _check_deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
     arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
@@ -121,7 +121,7 @@ def _check_deform_conv2d(
     _check_shape("offset", offset, (input.shape[0], 2 * groups * taps, *size))
     _check_shape("mask", mask, (input.shape[0], groups * taps, *size))
     _check_shape("bias", bias, (weight.shape[0],))
-    return tuple(pairs)
+    return pairs[0], pairs[1], pairs[2]
 
 
 def _pair(name: str, value: Any, least: int) -> list[int]:
@@ -222,8 +222,8 @@ def _outputs(input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor,
 
 
 def _backward(grad_out: Tensor, input: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
-    *inputs, backend = inputs
-    return torch_backend.deform_conv2d_bwd(*_sampler(backend, input), grad_out, input, *inputs)
+    *others, backend = inputs
+    return torch_backend.deform_conv2d_bwd(*_sampler(backend, input), grad_out, input, *others)
 
 
 def _sampler(backend: str, input: Tensor) -> tuple[ModuleType | type, torch.dtype]:

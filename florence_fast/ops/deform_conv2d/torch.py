@@ -13,7 +13,7 @@ output map · R samples, B P K G.
 
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,12 +81,15 @@ def deform_conv2d_bwd(
     needs_input, needs_offset, needs_mask, needs_weight, needs_bias = needs
     geometry = (list(weight.shape[2:]), stride, padding, dilation)
     matrix, groups = _matrix(weight.to(dtype), input.shape[1]), input.shape[1] // weight.shape[1]
+    wanted: tuple[tuple[Any, bool], ...] = ((input, needs_input), (offset, needs_offset), (mask, needs_mask))
+    dinput: Any
     dinput, doffset, dmask = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
-        for x, need in ((input, needs_input), (offset, needs_offset), (mask, needs_mask))
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for x, need in wanted
     )
     wide = torch.promote_types(input.dtype, torch.float32)
     dmatrix = torch.zeros_like(matrix, dtype=wide)
+    columns: Any = None
+    dcolumns: Any = None
     for images in _slices(input, offset, weight, dtype) if any(needs[:4]) else ():
         x, taps = _channels_last(input[images], dtype), _taps(offset, mask, images)
         grad = grad_out[images].to(dtype).flatten(2).unflatten(1, (groups, -1))
@@ -104,7 +107,7 @@ def deform_conv2d_bwd(
             dmatrix += _product(grad.permute(1, 2, 0, 3).flatten(2), by_group.mT)
         if needs_input:
             dinput[images] = sampler.input_gradient(dcolumns, input.shape[2:], *taps, *geometry).permute(0, 3, 1, 2)
-    dbias = grad_out.sum((0, 2, 3), dtype=wide).to(bias.dtype) if needs_bias else None
+    dbias = grad_out.sum((0, 2, 3), dtype=wide).to(bias.dtype) if needs_bias and bias is not None else None
     return dinput, doffset, dmask, _from_matrix(dmatrix, weight) if needs_weight else None, dbias
 
 
@@ -172,7 +175,7 @@ class LibrarySampler:
 
     @staticmethod
     def sample_gradients(
-        dcolumns: Tensor, x: Tensor, offset: Tensor, mask: Tensor | None, *rest: Sequence[int] | bool
+        dcolumns: Tensor, x: Tensor, offset: Tensor, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Return the columns, if the last argument says so, and the gradients of offset and mask."""
         *geometry, needs_columns = rest

@@ -6,7 +6,7 @@ Huang et al., 1603.09382, section 3).
 Letters: B samples · C channels.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -222,10 +222,11 @@ def _backward(
     grads = (
         dsum,
         dx,
-        dweights[0].to(weight.dtype, copy=True) if needs_weight else None,
-        dweights[1].to(bias.dtype, copy=True) if needs_bias else None,
+        dweights[0].to(weight.dtype, copy=True) if needs_weight and weight is not None else None,
+        dweights[1].to(bias.dtype, copy=True) if needs_bias and bias is not None else None,
     )
-    return tuple(total.new_empty(0) if grad is None else grad for grad in grads)
+    dsum, dx, dweight, dbias = (total.new_empty(0) if grad is None else grad for grad in grads)
+    return dsum, dx, dweight, dbias
 
 
 def _backward_fake(
@@ -252,10 +253,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.x_differs = residual_scale is not None or ctx.dtypes[0] != ctx.dtypes[1]
 
 
-def _run_backward(ctx: Any, grad_norm: Tensor | None, grad_sum: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _run_backward(ctx: Any, grad_norm: Tensor | None, grad_sum: Tensor | None, *_: Any) -> tuple[Any, ...]:
     total, residual_scale, weight, bias, mean, rstd = saved = ctx.saved_tensors
     needs_x, needs_residual, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    nothing = (None,) * 4
+    nothing: tuple[None, ...] = (None,) * 4
     if grad_norm is None and grad_sum is None:
         return None, None, None, None, None, *nothing
     if torch.is_grad_enabled():
@@ -277,12 +278,13 @@ def _run_backward(ctx: Any, grad_norm: Tensor | None, grad_sum: Tensor | None, *
 
 
 def _differentiable_gradients(
-    ctx: Any, saved: tuple[Tensor | None, ...], grad_norm: Tensor | None, grad_sum: Tensor | None
+    ctx: Any, saved: tuple[Any, ...], grad_norm: Tensor | None, grad_sum: Tensor | None
 ) -> list[Tensor | None]:
     total, residual_scale, weight, bias, *_ = saved
     needs_x, needs_residual, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    dsum: Any
     dsum, dweight, dbias = differentiable_gradients(
-        lambda total, *parameters: [layer_norm_reference(total, *parameters, eps=ctx.eps), total],
+        lambda total, *parameters: [cast(Tensor, layer_norm_reference(total, *parameters, eps=ctx.eps)), total],
         (total, weight, bias),
         (needs_x or needs_residual, needs_weight, needs_bias),
         (grad_norm, grad_sum),
@@ -300,7 +302,7 @@ def _differentiable_gradients(
     ]
 
 
-def _example(device: str) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+def _example(device: str) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     x, residual = torch.randn(2, 2, 5, 96, device=device)
     parameters = torch.randn(2, 96, device=device)
     return (x, *parameters), {"residual": residual, "residual_scale": torch.tensor([0.0, 1.25], device=device)}

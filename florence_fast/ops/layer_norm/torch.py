@@ -100,5 +100,6 @@ def _operands(
         weight = torch.ones(total.shape[-1], device=total.device) if weight is None else weight.float()
         return total, weight, None if bias is None else bias.float()
     if any(dtype != total.dtype for dtype in (norm_dtype, *(p.dtype for p in (weight, bias) if p is not None))):
-        total, weight, bias = (None if p is None else p.to(wide) for p in (total, weight, bias))
+        weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+        total = total.to(wide)
     return total, weight, bias

@@ -6,7 +6,7 @@ Letters: R rows (images) · N columns (texts) · D embedding dim · G gradient o
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,9 +75,9 @@ def chunked_gradients(
     """
     chunks, dtype = Chunks(ordered, scale, chunk_size), grad_dtype(ordered.rows, scale)
     rows, cols = (ordered.rows, ordered.cols) if dtype == torch.bfloat16 else (chunks.rows, chunks.cols)
-    drows = torch.zeros_like(chunks.rows) if needs[0] or (needs[2] and dtype == torch.float32) else None
+    drows: Any = torch.zeros_like(chunks.rows) if needs[0] or (needs[2] and dtype == torch.float32) else None
     # Transposed, because that product is as fast as the others and the one with G^T on the left is not.
-    dcols = torch.zeros_like(chunks.cols.T, memory_format=torch.contiguous_format) if needs[1] else None
+    dcols: Any = torch.zeros_like(chunks.cols.T, memory_format=torch.contiguous_format) if needs[1] else None
     rows_transposed = rows.T.contiguous() if needs[1] else None
     by_logit = chunks.rows.new_zeros(len(rows))
     for r, c, logits in chunks:
@@ -89,7 +89,7 @@ def chunked_gradients(
         if dcols is not None:
             dcols[:, c] += linear(rows_transposed[:, r], grad.T)
         del grad
-    dscale = None
+    dscale: Any = None
     if needs[2]:
         # <rows, G cols> without the factor of the logits; the other form divides by a scale that is not 0.
         exact = dtype == torch.float32

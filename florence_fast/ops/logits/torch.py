@@ -6,7 +6,7 @@ Letters: R rows (images) · N columns (texts) · D embedding dim · G gradient o
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,8 +90,8 @@ def chunked_gradients(
     chunks = Chunks(ordered, scale, chunk_size)
     # <rows, G cols> is d scale, so the scale needs the first product too.
     needs_rows, needs_cols = needs[0] or needs[2], needs[1]
-    drows = torch.zeros_like(chunks.rows) if needs_rows else None
-    dcols = torch.zeros_like(chunks.cols) if needs_cols else None
+    drows: Any = torch.zeros_like(chunks.rows) if needs_rows else None
+    dcols: Any = torch.zeros_like(chunks.cols) if needs_cols else None
     for chunk in chunks:
         write_grad(chunks, chunk)
         if needs_rows:

@@ -4,6 +4,7 @@ Letters: R rows (images) · N columns (texts) · D embedding dim · G gradient o
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ def chunked_gradients(
     scratch = rows.new_empty(min(size, len(rows)), min(size, len(cols)))
     # <rows, G cols> is d scale, so the scale needs the first product too.
     needs_rows, needs_cols = needs[0] or needs[2], needs[1]
-    drows = torch.zeros_like(rows, dtype=torch.float32) if needs_rows else None
-    dcols = torch.zeros_like(cols, dtype=torch.float32) if needs_cols else None
+    drows: Any = torch.zeros_like(rows, dtype=torch.float32) if needs_rows else None
+    dcols: Any = torch.zeros_like(cols, dtype=torch.float32) if needs_cols else None
     for first_row in range(0, len(rows), size):
         for first_col in range(0, len(cols), size):
             row_end, col_end = min(first_row + size, len(rows)), min(first_col + size, len(cols))

@@ -7,6 +7,8 @@ memory that all chunks share: results of tens of megabytes would be mapped anew 
 costs more than the arithmetic on it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,7 +83,8 @@ def mlp_bwd(
     step = _rows_of_chunk(len(rows), weight1, weight2, BACKWARD_CHUNK_BYTES)
     inner = needs_x or needs_weight1 or needs_bias1
     d_wide, activated = (hidden.new_empty(min(step, len(hidden)), hidden.shape[1]) for _ in range(2))
-    dx = rows.new_empty(rows.shape) if needs_x else None
+    dx: Any = rows.new_empty(rows.shape) if needs_x else None
+    out: Any
     d_weight1 = d_bias1 = d_weight2 = None
     for start in range(0, max(len(hidden), 1), step):  # one without rows gives gradients of zero
         here = slice(start, start + step)

@@ -63,7 +63,7 @@ def mlp(
     _check_mlp(x, weight1, bias1, weight2, bias2, activation)
     tensors = (x, weight1, bias1, weight2, bias2)
     backend = dispatch.choose("mlp", *tensors, activation=activation)
-    tensors = tuple(None if t is None else dispatch.autocast_input(t) for t in tensors)
+    tensors: tuple[Any, ...] = tuple(None if t is None else dispatch.autocast_input(t) for t in tensors)
     if backend == "reference":
         return mlp_reference(*tensors, activation=activation)
     return _mlp(*tensors, activation, backend)[0]
@@ -113,8 +113,8 @@ def mlp_reference(
     """Define ``mlp`` in plain PyTorch: the same arguments and result, computed in at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     with dispatch.without_autocast(x.device.type):
-        wide = (None if t is None else t.to(dtype) for t in (x, weight1, bias1, weight2, bias2))
-        y, weight1, bias1, weight2, bias2 = wide
+        y, weight1, weight2 = x.to(dtype), weight1.to(dtype), weight2.to(dtype)
+        bias1, bias2 = (None if t is None else t.to(dtype) for t in (bias1, bias2))
         z = F.linear(y, weight1, bias1)
         if activation == "quick_gelu":
             z = z * torch.sigmoid(1.702 * z)
@@ -161,12 +161,12 @@ def _forward_widened(
     x: Tensor, *weights_and_biases: Tensor | None, activation: str, train: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Run `_forward` in float32, some rows at a time, and round what it gives."""
-    wide, rows = widened(*weights_and_biases), x.reshape(-1, x.shape[-1])
-    weight1, _, weight2, _ = wide
+    weight1, bias1, weight2, bias2 = widened(*weights_and_biases)
+    rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(len(rows), len(weight2))
     kept = x.new_empty(len(rows) if train else 0, len(weight1))
     for part in chunks(len(rows), len(weight1)):
-        out[part], hidden = _forward(rows[part].float(), *wide, activation, train, backend)
+        out[part], hidden = _forward(rows[part].float(), weight1, bias1, weight2, bias2, activation, train, backend)
         if train:
             kept[part] = hidden
     return out.view(*x.shape[:-1], len(weight2)), kept if train else x.new_empty(0)
@@ -203,11 +203,13 @@ def _backward(
         return (
             dx.view(x.shape) if needs_x else None,
             d_weight1,
-            d_bias1.to(bias1.dtype) if needs_bias1 else None,
+            d_bias1.to(bias1.dtype) if needs_bias1 and bias1 is not None else None,
             d_weight2,
             g.sum(0) if needs_bias2 else None,
         )
-    d_hidden = d_bias1 = activated = None
+    d_hidden: Any = None
+    d_bias1: Any = None
+    activated: Any = None
     if needs_x or needs_weight1 or needs_bias1:
         d_hidden, activated, d_bias1 = implementation.bias_activation_bwd(
             matmul(g, weight2), hidden, inner_bias, activation, needs_weight2, needs_bias1
@@ -217,23 +219,33 @@ def _backward(
     return (
         matmul(d_hidden, weight1).view(x.shape) if needs_x else None,
         matmul_over_rows(d_hidden, rows) if needs_weight1 else None,
-        d_bias1.to(bias1.dtype) if needs_bias1 else None,
+        d_bias1.to(bias1.dtype) if needs_bias1 and bias1 is not None else None,
         matmul_over_rows(g, activated) if needs_weight2 else None,
         g.sum(0) if needs_bias2 else None,
     )
 
 
 def _backward_widened(
-    grad_out: Tensor, x: Tensor, *tensors: Tensor | None, needs: list[bool], activation: str, backend: str
+    grad_out: Tensor, x: Tensor, *tensors: Any, needs: list[bool], activation: str, backend: str
 ) -> tuple[Tensor | None, ...]:
     """Run `_backward` in float32, some rows at a time, add up and round."""
     *weights_and_biases, hidden = tensors
-    wide, g, rows = widened(*weights_and_biases), grad_out.view(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
+    weight1, bias1, weight2, bias2 = widened(*weights_and_biases)
+    g, rows = grad_out.view(-1, grad_out.shape[-1]), x.reshape(-1, x.shape[-1])
     dx = x.new_empty(rows.shape) if needs[0] else None
     totals: list[Tensor | None] = []
     for part in chunks(len(rows), hidden.shape[1], long=True):
         d_part, *terms = _backward(
-            g[part].float(), rows[part].float(), *wide, hidden[part].float(), needs, activation, backend
+            g[part].float(),
+            rows[part].float(),
+            weight1,
+            bias1,
+            weight2,
+            bias2,
+            hidden[part].float(),
+            needs,
+            activation,
+            backend,
         )
         if dx is not None:
             dx[part] = d_part

@@ -3,6 +3,8 @@
 Letters: N boxes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def setup(count: int, classes: int | None, dtype: torch.dtype, device: str, seed
         "boxes": torch.cat((corners, corners + sides), 1).to(wide),
         "scores": torch.rand(count, generator=draw, device=device, dtype=wide),
     }
-    options = {"iou_threshold": 0.5}
+    options: dict[str, Any] = {"iou_threshold": 0.5}
     if classes is not None:
         options["idxs"] = torch.randint(classes, (count,), generator=draw, device=device)
     return Inputs(tensors, options, None)

@@ -125,8 +125,9 @@ _REASONS = {"triton": _triton_reasons, "cpp": lambda boxes, *_, **__: native.rea
 # One op for both functions. It has no backward, and how many boxes it keeps is known only when it has run.
 def _kept_indices(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float, backend: str) -> Tensor:
     if backend == "reference" or len(boxes) == 0:
-        arguments = (boxes, scores) if idxs is None else (boxes, scores, idxs)
-        return (nms_reference if idxs is None else batched_nms_reference)(*arguments, iou_threshold)
+        if idxs is None:
+            return nms_reference(boxes, scores, iou_threshold)
+        return batched_nms_reference(boxes, scores, idxs, iou_threshold)
     best_first = scores.argsort(descending=True, stable=True)
     if idxs is None:
         by_class = torch.arange(len(boxes), device=boxes.device)

@@ -8,6 +8,7 @@ Letters: B batch · H W map height and width · C channels · M merged tokens of
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def patch_merging_bwd(
     needs_x, needs_norm, needs_weight = needs[0], needs[1] or needs[2], needs[3]
     x, weight, norm_weight, norm_bias = _operands(x, weight, norm_weight, norm_bias)
     dx = x.new_empty(x.shape) if needs_x else None
-    d_norm = d_weight = None
+    d_norm: Any = None
+    d_weight: Any = None
     grad_MC, rows = grad_out.view(-1, len(weight)), _Rows(x, BACKWARD_CHUNK_BYTES)
     for start, stop in rows.chunks():
         grad, norm = grad_MC[start:stop], rows.normalise(x, start, stop, norm_weight, norm_bias, eps)

@@ -7,6 +7,7 @@ Letters: B batch · H W map height and width · C channels · M merged tokens of
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,8 @@ def patch_merging_fwd(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight:
     """Return the merged map (B, ceil(H/2), ceil(W/2), 2C)."""
     weight = weight.to(x.dtype)
     if widens(x):
-        return patch_merging_fwd(*widened(x, norm_weight, norm_bias, weight), eps).to(x.dtype)
+        wide_x, norm_weight, norm_bias, weight = widened(x, norm_weight, norm_bias, weight)
+        return patch_merging_fwd(wide_x, norm_weight, norm_bias, weight, eps).to(x.dtype)
     norm_weight, norm_bias = (p.to(_wide(x)) for p in (norm_weight, norm_bias))
     out = x.new_empty(len(x), (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2, len(weight))
     for images in _slices(x):
@@ -64,13 +66,13 @@ def patch_merging_bwd(
     """
     if widens(x):
         parameters = (norm_weight, norm_bias, weight)
-        wide = widened(grad_out, x, norm_weight, norm_bias, weight.to(x.dtype))
-        grads = patch_merging_bwd(*wide, needs, eps)
+        g, wide_x, gain, shift, wide_weight = widened(grad_out, x, norm_weight, norm_bias, weight.to(x.dtype))
+        grads = patch_merging_bwd(g, wide_x, gain, shift, wide_weight, needs, eps)
         return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, (x, *parameters), strict=True))
     *needs_norm, needs_weight = needs
     wide, parameters = _wide(x), (norm_weight.to(_wide(x)), norm_bias.to(_wide(x)))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_norm[0] else None
-    totals: list[Tensor | None] = [None, None, None]
+    totals: list[Any] = [None, None, None]
     for images in _slices(x):
         grad, rows = grad_out[images], _rows(x[images])
         norm, mean, rstd = torch.native_layer_norm(rows, norm_weight.shape, *parameters, eps)

@@ -47,18 +47,20 @@ def window_attention_bwd(
     geometry = _geometry(qkv.shape, tuple(window_size), num_heads, tuple(shift_size), pad_mode, tuple(cyclic))
     tensors = _extras(rel_pos_bias_table, bias, logit_scale, qkv_bias)
     d_qkv = qkv.new_empty(qkv.shape) if needs[0] else None
-    grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needs[1:], strict=True)]
+    grads = [
+        torch.zeros_like(x) if need and x is not None else None for x, need in zip(tensors, needs[1:], strict=True)
+    ]
     if qkv.numel():
         addresses, into = _addresses(tensors), _addresses(grads)
         native.call(
             "window_attention_bwd", qkv.dtype, geometry, scale, grad_out, qkv.contiguous(), addresses, d_qkv, into
         )
     d_table, d_bias, d_log, d_qkv_bias = grads
-    if d_log is not None:
+    if d_log is not None and logit_scale is not None:
         # The clamp passes the gradient at its border, as torch.clamp does.
         d_log = torch.where(logit_scale.flatten() <= MAX_LOG_SCALE, d_log, 0).view_as(logit_scale)
     grads = (d_table, d_bias, d_log, d_qkv_bias)
-    originals = (rel_pos_bias_table, bias, logit_scale, qkv_bias)
+    originals: tuple[Any, ...] = (rel_pos_bias_table, bias, logit_scale, qkv_bias)
     return d_qkv, *(None if g is None else g.to(x.dtype) for g, x in zip(grads, originals, strict=True))
 
 

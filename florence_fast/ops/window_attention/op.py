@@ -223,7 +223,7 @@ def window_attention_reference(
 ) -> Tensor:
     """Define ``window_attention`` in plain PyTorch: the same arguments and result, computed in at least float32."""
     axes = qkv.ndim - 2
-    full, shift, cyclic = (
+    full, shift, around = (
         tuple(x) if isinstance(x, Sequence) else (x,) * axes for x in (window_size, shift_size, cyclic)
     )
     cut = cut_map(qkv.shape[1:-1], full, shift)
@@ -244,7 +244,7 @@ def window_attention_reference(
             bias = bias.index_select(1, corner).index_select(2, corner)
         if bias is not None:
             scores = scores + bias
-        blocked = blocked_pairs(cut, cyclic, pad_mode == "mask", qkv.device)
+        blocked = blocked_pairs(cut, around, pad_mode == "mask", qkv.device)
         if blocked is not None:
             scores = scores.unflatten(0, (-1, cut.num_windows)).masked_fill(blocked[:, None], -math.inf).flatten(0, 1)
         out = scores.softmax(-1).to(dtype) @ v

@@ -96,7 +96,7 @@ def window_attention_bwd(
         q, k, v = partition(qkv[images], cut, 3, num_heads, dtype, fill=qkv_bias)
         (d_out,) = partition(grad_out[images], cut, 1, num_heads, dtype)
         p = probs[windows].to(dtype)
-        d_scores = torch._softmax_backward_data(d_out @ v.mT, p, -1, dtype)
+        d_scores = torch._softmax_backward_data(d_out @ v.mT, p, -1, dtype)  # pyright: ignore[reportPrivateImportUsage]
         if needs_table or needs_bias:
             d_added += _sum_windows(d_scores)
         if needs_qkv or needs_logit_scale or needs_qkv_bias:
@@ -112,10 +112,12 @@ def window_attention_bwd(
     window = tuple(window_size)
     return (
         _join(d_qkvs) if needs_qkv else None,
-        _fold_into_table(d_added, cut, window, rel_pos_bias_table) if needs_table else None,
-        _fold_into_bias(d_added, cut, window, bias) if needs_bias else None,
-        d_log.view_as(logit_scale).to(logit_scale.dtype) if needs_logit_scale else None,
-        d_fill.to(qkv_bias.dtype) if needs_qkv_bias else None,
+        _fold_into_table(d_added, cut, window, rel_pos_bias_table)
+        if needs_table and rel_pos_bias_table is not None
+        else None,
+        _fold_into_bias(d_added, cut, window, bias) if needs_bias and bias is not None else None,
+        d_log.view_as(logit_scale).to(logit_scale.dtype) if needs_logit_scale and logit_scale is not None else None,
+        d_fill.to(qkv_bias.dtype) if needs_qkv_bias and qkv_bias is not None else None,
     )
 
 

@@ -112,13 +112,13 @@ def fast_dots_are_right(
     grad_out = torch.randn(1, *size, head_dim, device=device, generator=generator).to(dtype)
     values = (window_size, 1, shift_size, head_dim**-0.5, "mask", [False, False])
     _, kept = kernels.window_attention_fwd(qkv, None, None, None, *values, True, tf32=tf32)
-    fast = kernels.window_attention_bwd(
+    fast: Any = kernels.window_attention_bwd(
         grad_out, qkv, None, None, None, kept, [True, False, False, False], *values, tf32=tf32, safe_dots=False
     )[0]
     exact_qkv, exact_grad_out = qkv.float(), grad_out.float()
     _, probs = torch_backend.window_attention_fwd(exact_qkv, None, None, None, None, *values, True)
     needs = [True, False, False, False, False]
-    exact = torch_backend.window_attention_bwd(
+    exact: Any = torch_backend.window_attention_bwd(
         exact_grad_out, exact_qkv, None, None, None, None, probs, needs, *values
     )[0]
     # Rounding leaves less than 0.01 in bfloat16; the fault leaves more than 0.5. NaN is not right either.

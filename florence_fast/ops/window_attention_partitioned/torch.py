@@ -19,8 +19,10 @@ def window_attention_partitioned_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return the result and, if ``train``, the probabilities (B*M, h, N, N) in the dtype of q."""
     if widens(q):
-        out, probs = window_attention_partitioned_fwd(*widened(q, k, v), bias, mask, scale, train)
-        return out.to(q.dtype), probs.to(q.dtype)
+        dtype = q.dtype
+        q, k, v = widened(q, k, v)
+        out, probs = window_attention_partitioned_fwd(q, k, v, bias, mask, scale, train)
+        return out.to(dtype), probs.to(dtype)
     q, k, v = (x.contiguous() for x in (q, k, v))
     added = _added_to_scores(bias, mask, q.dtype)
     if not train:
@@ -45,19 +47,20 @@ def window_attention_partitioned_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of q, k, v, bias and mask, None where ``needs`` is false."""
     if widens(q):
-        wide, kept = widened(grad_out, q, k, v), probs.float()
-        grads = window_attention_partitioned_bwd(*wide, bias, mask, kept, needs, scale)
+        g, wide_q, wide_k, wide_v = widened(grad_out, q, k, v)
+        kept = probs.float()
+        grads = window_attention_partitioned_bwd(g, wide_q, wide_k, wide_v, bias, mask, kept, needs, scale)
         return *(None if grad is None else grad.to(q.dtype) for grad in grads[:3]), *grads[3:]
     needs_q, needs_k, needs_v, needs_bias, needs_mask = needs
-    d_scores = torch._softmax_backward_data(grad_out @ v.mT, probs, -1, probs.dtype)
+    d_scores = torch._softmax_backward_data(grad_out @ v.mT, probs, -1, probs.dtype)  # pyright: ignore[reportPrivateImportUsage]
     d_mask = None
-    if needs_mask:
+    if needs_mask and mask is not None:
         d_mask = _sum(d_scores.unflatten(0, (len(q) // len(mask), len(mask))), (0, 2)).to(mask.dtype)
     return (
         (d_scores @ k).mul_(scale) if needs_q else None,
         (d_scores.mT @ q).mul_(scale) if needs_k else None,
         probs.mT @ grad_out if needs_v else None,
-        _sum(d_scores, (0,)).to(bias.dtype) if needs_bias else None,
+        _sum(d_scores, (0,)).to(bias.dtype) if needs_bias and bias is not None else None,
         d_mask,
     )
 
