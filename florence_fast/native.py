@@ -3,6 +3,9 @@
 It is built from ``csrc/`` when the package is installed, for several instruction sets at once; the best that the
 processor has is taken, or the one that FLORENCE_FAST_CPU names. It knows addresses and sizes only, so that one build
 serves every version of PyTorch.
+
+Names: ``csrc/`` holds the sources, ``_C`` is what they compile to, and this module loads it. "native" is the extension
+as a whole, which also serves `florence_fast.data`. "cpp" is the backend of the ops that calls it (``ops/<op>/cpp.py``).
 """
 
 from types import ModuleType

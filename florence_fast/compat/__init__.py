@@ -1,4 +1,4 @@
-"""Meeting points with other people's code and weights."""
+"""Interoperation with other libraries' models, weights and registries."""
 
 from florence_fast.compat.accelerate import Report, accelerate, restore
 from florence_fast.compat.convert import Conversion, convert

@@ -1,4 +1,4 @@
-"""Checkpoints from one project's names to another's: `convert`, which reads a file and writes a file.
+"""`convert`: read a checkpoint with one project's names and write it with another's.
 
 Read: Microsoft's Swin and UniCL, timm's, torchvision's and Hugging Face's Swin, CLIP's text tower as Hugging Face and
 open_clip write it, and our own. Written: ours, with the configuration inside; and a plain Swin under the names of the

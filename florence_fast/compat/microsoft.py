@@ -1,4 +1,4 @@
-"""Starting CoSwin from Microsoft's Swin weights, the only large ones of the family that anybody can download.
+"""Start CoSwin from Microsoft's Swin weights, the only large public weights of the family.
 
 `create_model(..., pretrained=file)` reads Swin and UniCL files into the models they were made from; this module carries
 a plain Swin over to CoSwin, whose stem and merges are other layers:

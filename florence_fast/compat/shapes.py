@@ -1,4 +1,4 @@
-"""The configuration that tensors under our names belong to, read from their shapes.
+"""Infer a model's configuration from the shapes of its tensors, which carry our names.
 
 Not in the shapes, and therefore the caller's to say: the image size, drop path, the heads of a text tower (64 channels
 each unless told), its activation and the eps of its norms.

@@ -1,4 +1,4 @@
-"""The products of a model that lie outside its known layers: patch embeddings, heads, decoders.
+"""Linear layers and convolutions outside the known layers: patch embeddings, heads, decoders.
 
 On a processor without units for 16-bit formats one convolution in bf16 takes longer than all known layers of a Swin
 together. There, and only there, these modules widen their operands as the ops do; in float32 they compute as ever.

@@ -1,4 +1,4 @@
-"""Which parts of a layer `accelerate` lets our ops compute."""
+"""Options of `accelerate`: which parts of a layer use our ops."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""How a forward of ours is laid over a module's own, and taken off again."""
+"""Replace the forward of one module instance, and restore it."""
 
 from collections.abc import Callable
 from functools import partial

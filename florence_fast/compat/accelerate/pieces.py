@@ -1,4 +1,4 @@
-"""What the stand-ins for several libraries' layers have in common: each piece by our op, or by the module that owns it.
+"""Shared by the replacements for all libraries' layers: each piece runs by our op or by its own module.
 
 A module is called as it is as soon as anything hangs on it that reading its weights would pass over: hooks, another
 forward, LoRA, quantised weights. That is asked at every call, since all of it can come later.

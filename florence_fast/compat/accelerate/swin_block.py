@@ -1,4 +1,4 @@
-"""What the blocks of timm, torchvision, MONAI and Microsoft's Swin have in common, on `florence_fast.ops`.
+"""Shared by the blocks of timm, torchvision, MONAI and Microsoft's Swin, on `florence_fast.ops`.
 
 All are built alike: norm, window attention, projection, sum, norm, MLP, sum. They differ in where their parts are kept
 and in what they do at the rim of a map; each library's file says that. A part that is no longer PyTorch's own (LoRA,
