@@ -247,11 +247,14 @@ def _backward_widened(
             activation,
             backend,
         )
-        if dx is not None:
+        if dx is not None and d_part is not None:
             dx[part] = d_part
-        pairs = zip(totals, terms, strict=True)
-        totals = [None if total is None else total.add_(term) for total, term in pairs] if totals else terms
+        totals = [_sum(*pair) for pair in zip(totals, terms, strict=True)] if totals else terms
     return None if dx is None else dx.view(x.shape), *(None if total is None else total.to(x.dtype) for total in totals)
+
+
+def _sum(total: Tensor | None, term: Tensor | None) -> Tensor | None:
+    return None if total is None or term is None else total.add_(term)
 
 
 def _flops(x: Sizes, weight1: Sizes, bias1: Any, weight2: Sizes, *args: Any, **kwargs: Any) -> int:
