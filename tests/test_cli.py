@@ -358,6 +358,16 @@ def test_evaluate_reads_the_columns_that_its_flags_name(pairs, tmp_path, capsys)
         assert "separator must be one character" in shown
 
 
+def test_evaluate_passes_over_as_many_bad_images_as_its_flag_allows(pairs, images, tmp_path, capsys):
+    pairs.write_text(pairs.read_text() + f"{images}/broken.png\ta broken thing\n")
+    for task in ("zero-shot", "retrieval"):
+        command = ["evaluate", task, "--data", str(pairs), *TINY]
+        assert main(command) == 1
+        assert "1 of 4 pairs cannot be read, more than max_bad_share=0.01 (--max-bad-share)" in capsys.readouterr().err
+        assert main([*command, "--max-bad-share", "0.25"]) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 3
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_names_that_the_terminal_cannot_show_are_escaped(images, tmp_path, monkeypatch, encoding):
     name = "größe\x1b[2J" + os.fsdecode(b"\xe9")

@@ -1,5 +1,6 @@
 """No input of a user reaches a traceback: wrong usage of every command is one line with exit code 2."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,8 +9,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from florence_fast import native
 from florence_fast.cli import main
 from florence_fast.models import create_model
+from florence_fast.models.factory import build_model
+from florence_fast.models.registry import get_model_config
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,9 @@ def place(tmp_path_factory):
         "stages.json": {"stages": 3},
     }.items():
         (folder / name).write_text(json.dumps(settings))
+    config = get_model_config("florence_nano")
+    few = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=100))
+    build_model(few).save_pretrained(folder / "few")
     (folder / "deep.json").write_text("[" * 100_000)
     return folder
 
@@ -44,7 +51,14 @@ EVALUATE = "evaluate retrieval --data {}/pairs.csv --device cpu --pretrained non
 ZERO_SHOT = "evaluate zero-shot --data {}/pairs.csv --device cpu --pretrained none"
 TRAIN = "train --train-data {}/pairs.csv --device cpu --logs {}/logs --name n --batch-size 2"
 STEP = f"{TRAIN} --steps 1 --image-size 16"
+FEW = "text.vocab_size must be at least 49408, that of the tokenizer, got 100"
 CASES = {
+    f"{PREDICT.removesuffix(' --pretrained none --texts a')} --pretrained {{}}/few --texts a": FEW,
+    f"{SEARCH.replace('--pretrained none', '--pretrained {}/few')}": FEW,
+    f"{EVALUATE.replace('--pretrained none', '--pretrained {}/few')}": FEW,
+    f"{TRAIN} --steps 1 --model {{}}/few": FEW,
+    f"{TRAIN} --steps 1 --pretrained {{}}/few": FEW,
+    f"{ZERO_SHOT} --max-bad-share nan": "must lie in [0, 1]",
     f"{PREDICT} --template x": "a template must hold {}",
     f"{PREDICT} --template {{x}}": "a template must hold {}",
     f"{PREDICT} --template {{0.x}}": "a template must hold {}",
@@ -110,6 +124,42 @@ def test_wrong_usage_is_one_line_with_exit_code_2(command, place, capsys, monkey
         shutil.rmtree(place / "logs", ignore_errors=True)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("florence-fast:")]
     assert len(said) == 1 and CASES[command] in said[0], said
+
+
+VARIABLES = {
+    "FLORENCE_FAST_CPU=vax": "unknown FLORENCE_FAST_CPU 'vax'",
+    "FLORENCE_FAST_BACKEND=cuda": "unknown FLORENCE_FAST_BACKEND 'cuda'",
+    "FLORENCE_FAST_AUTOTUNE=yes": "unknown FLORENCE_FAST_AUTOTUNE 'yes'; known: 0, 1",
+    "FLORENCE_FAST_DEBUG=yes": "unknown FLORENCE_FAST_DEBUG 'yes'; known: 0, 1",
+    "FLORENCE_FAST_NVTX=2": "unknown FLORENCE_FAST_NVTX '2'; known: 0, 1",
+}
+
+
+@pytest.mark.parametrize("command", [PREDICT, SEARCH, EVALUATE, STEP, "info", "warmup", "profile"])
+@pytest.mark.parametrize("setting", VARIABLES)
+def test_a_bad_variable_is_one_line_with_exit_code_2(setting, command, place, capsys, monkeypatch):
+    monkeypatch.setenv(*setting.split("="))
+    assert main(command.replace("{}", str(place)).split()) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert VARIABLES[setting] in said
+
+
+@pytest.mark.native
+def test_instructions_that_do_not_run_here_are_refused_at_once(place, capsys, monkeypatch):
+    monkeypatch.setattr(native, "_LEVELS_HERE", ("scalar", "avx2"))
+    monkeypatch.setenv("FLORENCE_FAST_CPU", "amx")
+    for command in (PREDICT, STEP, "info"):
+        assert main(command.replace("{}", str(place)).split()) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said == "florence-fast: FLORENCE_FAST_CPU=amx does not run here; these do: scalar, avx2"
+    assert main(["--version"]) == 0 and main(["info", "--help"]) == 0
+
+
+def test_a_backend_that_cannot_run_the_model_is_refused_by_its_variable(place, capsys, monkeypatch):
+    monkeypatch.setenv("FLORENCE_FAST_BACKEND", "cpp")
+    monkeypatch.setattr(native, "extension", lambda: None)
+    assert main(PREDICT.replace("{}", str(place)).split()) == 2
+    assert "florence-fast: FLORENCE_FAST_BACKEND=cpp: backend 'cpp' cannot run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", ["flag", "variable"])

@@ -35,6 +35,7 @@ from florence_fast.cli import (
     verify,
     warmup,
 )
+from florence_fast.cli.environment import check_environment
 from florence_fast.cli.failures import explain
 from florence_fast.version import __version__
 
@@ -99,6 +100,7 @@ def _say_that_kernels_are_absent(args: list[str]) -> None:
 
 def _run(args: list[str], debug: bool) -> int:
     try:
+        check_environment(args)
         code = typer.main.get_command(app).main(args or ["--help"], prog_name=NAME, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return _complain(*_ENDED[130])

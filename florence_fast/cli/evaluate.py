@@ -10,6 +10,7 @@ from florence_fast.cli.table_flags import CsvCaptionKey, CsvImgKey, CsvSeparator
 from florence_fast.cli.usage import (
     BatchSize,
     Device,
+    MaxBadShare,
     ModelOfWeights,
     Precision,
     Pretrained,
@@ -66,6 +67,7 @@ def zero_shot(
     batch_size: BatchSize = 256,
     image_resize_mode: ResizeMode = None,
     precision: Precision = "auto",
+    max_bad_share: MaxBadShare = 0.01,
     device: Device = None,
 ) -> None:
     """Zero-shot classification: top-1, top-5 and top-10 accuracy over all names."""
@@ -76,14 +78,22 @@ def zero_shot(
     check_out_file("--out", out)
     model, pretrained = weights_of(model, pretrained)
     with refusals_as_wrong_usage():
-        source, texts = with_texts(_open(data, csv_img_key, csv_caption_key, csv_separator))
+        source, texts = with_texts(_open(data, csv_img_key, csv_caption_key, csv_separator), max_bad_share)
         names = _class_names(classnames, data, texts)
         class_indices(texts, names)
     sentences = _template_set(templates)
     net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
     precision = settle_precision(precision, device_of(net))
     figures = measure(
-        net, tokenizer, source, names, sentences, batch_size=batch_size, precision=precision, progress=True
+        net,
+        tokenizer,
+        source,
+        names,
+        sentences,
+        batch_size=batch_size,
+        precision=precision,
+        max_bad_share=max_bad_share,
+        progress=True,
     )
     _report(out, "zero-shot", data, model, pretrained, figures)
 
@@ -101,6 +111,7 @@ def retrieval(
     batch_size: BatchSize = 256,
     image_resize_mode: ResizeMode = None,
     precision: Precision = "auto",
+    max_bad_share: MaxBadShare = 0.01,
     device: Device = None,
 ) -> None:
     """Recall at 1, 5 and 10 from images to texts and from texts to images."""
@@ -116,7 +127,14 @@ def retrieval(
     net, tokenizer = load(model, pretrained, device, precision, image_resize_mode)
     precision = settle_precision(precision, device_of(net))
     figures = measure(
-        net, tokenizer, source, template=template, batch_size=batch_size, precision=precision, progress=True
+        net,
+        tokenizer,
+        source,
+        template=template,
+        batch_size=batch_size,
+        precision=precision,
+        max_bad_share=max_bad_share,
+        progress=True,
     )
     _report(out, "retrieval", data, model, pretrained, figures)
 
@@ -131,6 +149,7 @@ def classification(
     out: Out = None,
     batch_size: BatchSize = 64,
     precision: Precision = "auto",
+    max_bad_share: MaxBadShare = 0.01,
     device: Device = None,
 ) -> None:
     """Accuracy of a fine-tuned model: over all images, and as the mean over classes."""
@@ -144,7 +163,14 @@ def classification(
         found = load_classifier(model, precision, device)
         source = ClassFolders(data, found.classes)
     precision = settle_precision(precision, device)
-    figures = measure(found.tower, source, found.transform(), batch_size=batch_size, precision=precision)
+    figures = measure(
+        found.tower,
+        source,
+        found.transform(),
+        batch_size=batch_size,
+        precision=precision,
+        max_bad_share=max_bad_share,
+    )
     _report(out, "classification", data, model, None, figures)
 
 

@@ -8,10 +8,13 @@ library is a failure. Other kinds are faults of the program: they keep their tra
 from pathlib import Path
 from typing import Any
 
+from florence_fast import env
 from florence_fast.cli.usage import REFUSALS, WrongUsage
 from florence_fast.printable import printable
 
 PACKAGE = Path(__file__).parents[1]
+BACKEND = "FLORENCE_FAST_BACKEND"
+DISPATCH = "ops/dispatch.py"
 HINT = "--debug shows where"
 
 
@@ -32,6 +35,8 @@ def explain(error: Exception, name: str) -> tuple[str, int] | None:
         return f"failed: not enough memory: {_line(error)}", 1
     if isinstance(error, OSError) or type(error).__module__.startswith("florence_fast."):
         return f"failed: {_line(error)}", 1
+    if isinstance(error, RuntimeError) and env.read(BACKEND) != "auto" and _raised_in(error).endswith(DISPATCH):
+        return f"{BACKEND}={env.read(BACKEND)}: {_line(error)}", 2
     if isinstance(error, REFUSALS) and _is_ours(error):
         return _line(error), 2
     if isinstance(error, (*REFUSALS, RuntimeError)):
@@ -41,10 +46,15 @@ def explain(error: Exception, name: str) -> tuple[str, int] | None:
 
 def _is_ours(error: Exception) -> bool:
     """Say whether a function of this package raised it."""
+    return Path(_raised_in(error)).is_relative_to(PACKAGE)
+
+
+def _raised_in(error: Exception) -> str:
+    """Return the file whose code raised it, or an empty str for one that was never raised."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
+    return "" if trace is None else trace.tb_frame.f_code.co_filename
 
 
 def _is_out_of_memory(error: Exception) -> bool:

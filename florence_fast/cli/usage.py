@@ -70,6 +70,20 @@ ResizeMode = Annotated[
         show_default="as trained",
     ),
 ]
+
+
+def _share(value: float) -> float:
+    if not 0 <= value <= 1:  # the parser's own bounds let NaN through
+        raise typer.BadParameter(f"{value} must lie in [0, 1]")
+    return value
+
+
+MaxBadShare = Annotated[
+    float,
+    typer.Option(
+        "--max-bad-share", callback=_share, help="Share of unreadable images or texts above which the command fails."
+    ),
+]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images or texts in one forward pass.")]
 
 

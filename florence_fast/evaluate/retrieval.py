@@ -31,6 +31,7 @@ def retrieval(
     transform: ImageTransform | None = None,
     batch_size: int = 256,
     precision: str = "auto",
+    max_bad_share: float = 0.01,
     progress: bool = False,
 ) -> dict[str, dict[str, float] | int]:
     """Measure recall at 1, 5 and 10 from images to texts and from texts to images.
@@ -48,6 +49,7 @@ def retrieval(
         transform: From a PIL image to a tensor; by default the model's own evaluation transform.
         batch_size: Images or texts in one forward pass.
         precision: A word of ``florence_fast.precision``.
+        max_bad_share: Share of unreadable images or texts, 0 to 1, above which the call fails.
         progress: Show progress bars.
 
     Returns:
@@ -55,11 +57,19 @@ def retrieval(
 
     Raises:
         ValueError: The source is empty.
-        BadDataError: More than a hundredth of the images or texts cannot be read.
+        BadDataError: More than ``max_bad_share`` of the images or texts cannot be read.
     """
-    source, texts = with_texts(source)
+    source, texts = with_texts(source, max_bad_share)
     same_pixels = _PixelIdentity(transform or evaluation_transform(model))
-    encoded = encode_images(model, source, same_pixels, batch_size=batch_size, precision=precision, progress=progress)
+    encoded = encode_images(
+        model,
+        source,
+        same_pixels,
+        batch_size=batch_size,
+        precision=precision,
+        max_bad_share=max_bad_share,
+        progress=progress,
+    )
     texts = [texts[index] for index in encoded.indices]
     image_of_row, first_rows = _number_distinct(same_pixels.digests if merge_equal_images else encoded.indices)
     text_of_row, first_texts = _number_distinct([text_label(text) for text in texts])

@@ -73,6 +73,7 @@ def zero_shot(
     transform: ImageTransform | None = None,
     batch_size: int = 256,
     precision: str = "auto",
+    max_bad_share: float = 0.01,
     progress: bool = False,
 ) -> dict[str, float | int]:
     """Measure how often the right name is the first, or among the first 5 or 10, of all class names.
@@ -89,6 +90,7 @@ def zero_shot(
         transform: From a PIL image to a tensor; by default the model's own evaluation transform.
         batch_size: Images in one forward pass.
         precision: Of the image tower, a word of ``florence_fast.precision``.
+        max_bad_share: Share of unreadable images or texts, 0 to 1, above which the call fails.
         progress: Show progress bars.
 
     Returns:
@@ -96,11 +98,19 @@ def zero_shot(
 
     Raises:
         ValueError: Two class names are equal, or an image's name is no class.
-        BadDataError: More than a hundredth of the images or texts cannot be read.
+        BadDataError: More than ``max_bad_share`` of the images or texts cannot be read.
     """
-    source, names = with_texts(source)
+    source, names = with_texts(source, max_bad_share)
     targets = class_indices(names, classnames)
-    encoded = encode_images(model, source, transform, batch_size=batch_size, precision=precision, progress=progress)
+    encoded = encode_images(
+        model,
+        source,
+        transform,
+        batch_size=batch_size,
+        precision=precision,
+        max_bad_share=max_bad_share,
+        progress=progress,
+    )
     classifier_DK = build_zero_shot_classifier(
         model,
         tokenizer,

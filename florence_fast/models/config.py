@@ -161,6 +161,19 @@ class TextConfig(_Config):
         if self.token_embed_dim is not None:
             _set(self, "token_embed_dim", whole("token_embed_dim", self.token_embed_dim, 1, _LARGEST_WIDTH))
 
+    def check_tokenizer(self, tokenizer: object) -> None:
+        """Refuse a tokenizer that gives ids for which this tower has no embedding.
+
+        Args:
+            tokenizer: one without ``vocab_size`` is not checked.
+
+        Raises:
+            ValueError: its ``vocab_size`` is more than the tower's.
+        """
+        ids = getattr(tokenizer, "vocab_size", None)
+        if isinstance(ids, int) and ids > self.vocab_size:
+            raise ValueError(f"text.vocab_size must be at least {ids}, that of the tokenizer, got {self.vocab_size}")
+
 
 @dataclass(frozen=True)
 class FlorenceConfig(_Config):

@@ -340,11 +340,14 @@ def get_tokenizer(model_name: str, context_length: int | None = None) -> Callabl
         context_length: another length than the model's.
 
     Raises:
-        ValueError: an unknown model, or an image tower, which reads no text.
+        ValueError: an unknown model, an image tower, which reads no text, or a text tower whose ``vocab_size`` is less
+            than the tokenizer's.
     """
     from florence_fast.data.tokenizer import Tokenizer
 
     config = model_config(model_name)
     if not isinstance(config, FlorenceConfig):
         raise ValueError(f"{model_name} is an image tower and reads no text")
-    return Tokenizer(context_length or config.text.context_length)
+    tokenizer = Tokenizer(context_length or config.text.context_length)
+    config.text.check_tokenizer(tokenizer)
+    return tokenizer

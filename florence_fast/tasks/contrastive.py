@@ -193,6 +193,7 @@ class ContrastiveTask(Task):
         evaluators: Sequence[Evaluator] = (),
     ) -> None:
         super().__init__(model, config)
+        model.config.text.check_tokenizer(tokenizer)
         self.tokenizer, self.source = tokenizer, source
         self.epoch_size = len(source)
         self.augment = augment or augmentation(model.config, self.config.augment)
