@@ -13,6 +13,7 @@ PACKAGES = (
     "triton",
     "numpy",
     "pillow",
+    "simplejpeg",
     "safetensors",
     "huggingface_hub",
     "tokenizers",
@@ -50,15 +51,20 @@ def versions() -> Rows:
 
 
 def devices() -> Rows:
-    """The processor with torch's threads and vector instructions, our native kernels, and every CUDA device."""
+    """The processor with torch's threads and vector instructions, our kernels, the decoder, and every CUDA device."""
     import torch
 
     from florence_fast import native
+    from florence_fast.data import jpeg
 
     vectors = torch.backends.cpu.get_cpu_capability()
     cpu = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads and {vectors}"
     kernels = f"{native.level()}; {', '.join(native.levels())} run here" if native.levels() else native.reasons()[0]
-    rows = [{"device": "cpu", "what": cpu}, {"device": "cpu, native kernels", "what": kernels}]
+    rows = [
+        {"device": "cpu", "what": cpu},
+        {"device": "cpu, native kernels", "what": kernels},
+        {"device": "cpu, JPEG files", "what": f"decoded by {jpeg.decoder_name()}"},
+    ]
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         what = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}"

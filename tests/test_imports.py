@@ -39,7 +39,7 @@ ALLOWED = {
     "train": {"ops"},  # the engine knows no data, no model and no task
     "tasks": {"ops", "models", "heads", "data", "train", "evaluate"},
     "evaluate": {"ops", "models", "heads", "data"},
-    "info": {"ops", "native"},
+    "info": {"ops", "native", "data"},
     "verify": {"ops"},
     "profile": {"models", "data", "train", "tasks"},
     "warmup": {"ops", "models"},
@@ -47,6 +47,7 @@ ALLOWED = {
     "demo": {"ops", "models", "data", "train", "tasks", "evaluate"},
     "cli": {
         "ops",
+        "native",
         "models",
         "heads",
         "data",

@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from florence_fast.data import jpeg
+
 # Pillow's own limit; its warning from here on counts as an error. To allow more, raise both this and Pillow's.
 MAX_PIXELS = 89_478_485
 
@@ -67,7 +69,7 @@ def open_image(file: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXEL
         pixels = image.width * image.height
         if pixels > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels:,}")
-        return to_rgb(image)
+        return jpeg.decode(data, image) or to_rgb(image)
     except UnidentifiedImageError as error:  # whose own words name our buffer
         raise ValueError(f"cannot read {name}: cannot identify image file") from error
     except Exception as error:

@@ -101,11 +101,10 @@ def encode_texts(
         (len(texts), D) fp32 on the CPU, each row of length 1.
 
     Raises:
-        ValueError: There is no text, or the model's vocabulary is smaller than the tokenizer's.
+        ValueError: There is no text.
     """
     if len(texts) == 0:
         raise ValueError("there must be at least one text to encode, got an empty list")
-    model.config.text.check_tokenizer(tokenizer)
     features = []
     with evaluating(model, precision):
         for batch in in_batches(tqdm(texts, desc="texts", unit="text", disable=not progress), batch_size):
@@ -164,8 +163,8 @@ def readable(source: Images, read: Callable[[int], Item], max_bad_share: float) 
                 ) from error
             if len(broken) > max_bad_share * len(source):
                 raise BadDataError(
-                    f"{len(broken)} of {len(source)} pairs cannot be read, more than "
-                    f"max_bad_share={max_bad_share:g} (--max-bad-share) lets pass; first: {', '.join(broken[:3])}"
+                    f"{len(broken)} of {len(source)} pairs cannot be read, more than --max-bad-share allows, "
+                    f"max_bad_share={max_bad_share:g}; first: {', '.join(broken[:3])}"
                 ) from error
         else:
             yield index, item
