@@ -129,7 +129,7 @@ def is_pad(cut: Cut, device: torch.device) -> Tensor:
     return pads
 
 
-def blocked_pairs(cut: Cut, cyclic: Sequence[bool], mask_pads: bool, device: torch.device) -> Tensor | None:
+def blocked_pairs(cut: Cut, cyclic: Sequence[int], mask_pads: bool, device: torch.device) -> Tensor | None:
     """Say which pairs of tokens of a window may not see each other: (M, N, N) bool, or None when all may.
 
     Tokens see each other when they lie in the same region. A region ends at the map's seam, unless the axis is

@@ -84,7 +84,8 @@ def deform_conv2d_bwd(
     wanted: tuple[tuple[Any, bool], ...] = ((input, needs_input), (offset, needs_offset), (mask, needs_mask))
     dinput: Any
     dinput, doffset, dmask = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for x, need in wanted
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else None
+        for x, need in wanted
     )
     wide = torch.promote_types(input.dtype, torch.float32)
     dmatrix = torch.zeros_like(matrix, dtype=wide)

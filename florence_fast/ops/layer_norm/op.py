@@ -255,7 +255,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _run_backward(ctx: Any, grad_norm: Tensor | None, grad_sum: Tensor | None, *_: Any) -> tuple[Any, ...]:
     total, residual_scale, weight, bias, mean, rstd = saved = ctx.saved_tensors
-    needs_x, needs_residual, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    (needs_x, needs_residual), (needs_weight, needs_bias) = ctx.needs_input_grad[:2], ctx.needs_input_grad[3:5]
     nothing: tuple[None, ...] = (None,) * 4
     if grad_norm is None and grad_sum is None:
         return None, None, None, None, None, *nothing

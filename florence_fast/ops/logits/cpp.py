@@ -86,16 +86,20 @@ def chunked_gradients(
         del logits
         if drows is not None:
             drows[r] += linear(grad, cols[c].T)
-        if dcols is not None:
+        if dcols is not None and rows_transposed is not None:
             dcols[:, c] += linear(rows_transposed[:, r], grad.T)
         del grad
     dscale: Any = None
     if needs[2]:
         # <rows, G cols> without the factor of the logits; the other form divides by a scale that is not 0.
-        exact = dtype == torch.float32
-        dscale = (chunks.rows * drows).sum() if exact else (by_logit.sum(dtype=torch.float64) / chunks.scale)
+        if dtype == torch.float32 and drows is not None:
+            dscale = (chunks.rows * drows).sum()
+        else:
+            dscale = by_logit.sum(dtype=torch.float64) / chunks.scale
     return (
-        unsorted(drows.mul_(chunks.scale), ordered.row_order).to(ordered.rows.dtype) if needs[0] else None,
-        unsorted(dcols.mul_(chunks.scale).T, ordered.col_order).to(ordered.cols.dtype) if needs[1] else None,
+        unsorted(drows.mul_(chunks.scale), ordered.row_order).to(ordered.rows.dtype)
+        if needs[0] and drows is not None
+        else None,
+        unsorted(dcols.mul_(chunks.scale).T, ordered.col_order).to(ordered.cols.dtype) if dcols is not None else None,
         dscale.to(scale.dtype) if needs[2] else None,
     )

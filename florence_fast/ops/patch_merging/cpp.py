@@ -64,7 +64,7 @@ def patch_merging_bwd(
             rows.backward(norm, x, start, stop, norm_weight, dx, part)
             d_norm = _add(d_norm, part)
     grads = zip((*(d_norm if needs_norm else (None, None)), d_weight), dtypes, needs[1:], strict=True)
-    return dx, *(total.to(dtype, copy=True) if need else None for total, dtype, need in grads)
+    return dx, *(total.to(dtype, copy=True) if need and total is not None else None for total, dtype, need in grads)
 
 
 def _add(total: Tensor | None, term: Tensor | None) -> Tensor | None:
