@@ -148,6 +148,13 @@ GOALS: tuple[Goal | Cost, ...] = (
 )
 
 
+FIELDS = (
+    *("op", "shape", "dtype", "mode", "times", "missing", "errors", "level", "threads", "device"),
+    *("date", "sources", "torch", "triton"),
+)
+"""What every row of a file holds."""
+
+
 def read(path: Path) -> Table | None:
     """Read one file of results; None where there are no rows.
 
@@ -159,7 +166,7 @@ def read(path: Path) -> Table | None:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         for row in rows:
-            for name in ("op", "shape", "dtype", "mode", "times", "missing", "errors", "level", "threads", "device"):
+            for name in FIELDS:
                 row[name]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} must hold rows of bench.cpu.native, got {type(error).__name__}: {error}") from error

@@ -20,7 +20,15 @@ from florence_fast.processor import Units
 
 pytestmark = pytest.mark.skipif(native.extension() is None, reason="the native extension was not built")
 
-FACTS = {"sources": "x", "device": "CPU, test", "level": "scalar", "threads": 2, "torch": "2"}
+FACTS = {
+    "sources": "x",
+    "date": "2026-01-02",
+    "device": "CPU, test",
+    "level": "scalar",
+    "threads": 2,
+    "torch": "2",
+    "triton": "3",
+}
 SUBJECT = Subject("layer_norm_residual", "small", {}, "bf16", "forward")
 
 
@@ -233,6 +241,7 @@ def test_recorded_results_change_the_page_and_are_drawn_by_the_report(tmp_path, 
     monkeypatch.setattr(page, "RESULTS", tmp_path)
     part = page.cpu_native_table()
     assert "CPU, test, level scalar, 2 threads, torch 2; medians" in part
+    assert "recorded 2026-01-02, before the latest change of the code that it measures" in part
     assert "| layer norm of a sum, bf16 | eager | at least 2x |  | 4.00x | small | 1,000 | 4,000 | met |" in part
     assert "(cpu_native_scalar.png)" in part
     assert report.main(["--results", str(tmp_path), "--docs", str(tmp_path / "docs")]) == 0
