@@ -134,7 +134,15 @@ def test_what_was_saved_is_what_is_created(tmp_path):
     model, transform = ff.create_model_from_pretrained("florence_pico", tmp_path)
     assert not model.training and transform(Image.new("RGB", (9, 9))).shape == (3, 48, 48)
     assert isinstance(ff.create_model_from_pretrained("florence_pico", tmp_path, return_transform=False), Florence)
-    assert ff.get_tokenizer(f"local-dir:{tmp_path}")("a cat").shape == (1, 12)
+
+
+def test_the_tokenizer_of_what_was_saved_has_its_length_and_fits_its_vocabulary(tmp_path):
+    Florence(FLORENCE).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"text\.vocab_size must be at least 49408, .* got 64"):
+        ff.get_tokenizer(f"local-dir:{tmp_path / 'small'}")
+    whole = dataclasses.replace(FLORENCE, text=dataclasses.replace(FLORENCE.text, vocab_size=49408))
+    Florence(whole).save_pretrained(tmp_path / "whole")
+    assert ff.get_tokenizer(f"local-dir:{tmp_path / 'whole'}")("a cat").shape == (1, 12)
 
 
 def test_weights_of_another_model_are_refused_by_field(tmp_path):
